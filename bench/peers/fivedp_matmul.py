@@ -1,0 +1,63 @@
+"""fivedp's own product, as one of the programs that are compared."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from worker import Peer, serve
+
+import fivedp
+from fivedp.bench import operands
+from fivedp.bench.cases.gemm import Case, strategy
+from fivedp.bench.pieces import layouts, make, open_grid, place
+
+
+class Fivedp(Peer):
+    def __init__(self) -> None:
+        from fivedp.kernels import gemm
+
+        gemm.set_threads(int(os.environ.get("FIVEDP_BENCH_THREADS", "1")))
+        self.comm = MPI.COMM_WORLD
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.grids: dict[str, Any] = {}
+
+    def barrier(self) -> None:
+        self.comm.Barrier()
+
+    def prepare(self, case: dict[str, Any]) -> str | None:
+        self.strategy = strategy(case["way"])
+        try:
+            self.strategy.mesh_shape(self.size)
+        except ValueError as why:
+            return str(why)
+        if case["way"] not in self.grids:
+            self.grids[case["way"]] = open_grid(self.comm, self.strategy)
+        grid = self.grids[case["way"]]
+        local = Case(self.strategy, case["m"], case["n"], case["k"], case["dtype"])
+        a, b, c = layouts(self.strategy.spec)
+        self.a, _ = make(local, a, grid, case["seed"])
+        self.b, _ = make(local, b, grid, case["seed"] + 1)
+        self.where = place(c, local.sizes, grid)
+        self.c = np.zeros(self.where.shape, operands.dtype_of(case["dtype"]))
+        self.mesh, self.keywords = grid.mesh, case.get("keywords", {})
+        return None
+
+    def run(self) -> None:
+        fivedp.sharded_matmul(self.a, self.b, self.strategy.spec, self.mesh, out=self.c, **self.keywords)
+
+    def result(self) -> Any:
+        if not self.where.first_holder:
+            return None
+        return self.c.reshape(len(self.where.rows), -1), self.where.rows, self.where.columns
+
+    def facts(self) -> dict[str, Any]:
+        from fivedp.kernels import gemm
+
+        return {"fivedp": getattr(fivedp, "__version__", None), "isa": gemm.isa(), "threads": gemm.threads()}
+
+
+if __name__ == "__main__":
+    serve(Fivedp())

@@ -1,0 +1,257 @@
+"""The products that are measured: every strategy of `sharded_matmul`, squares and the layers of real models.
+
+A strategy is a spec with the mesh it needs. A layer is a product C (m x n) = A (m x k) B (k x n) of a published
+model: m tokens, k features in, n features out. Quick runs shrink a layer to fit and say by how much; `--full` and a
+layer asked for by name run at full size. FLOPs are counted as 2 m n k (8 for complex numbers), three times that with
+the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to cut a product, the name it is known by, and the axes of the mesh it runs on."""
+
+    key: str
+    known_as: str
+    spec: str
+    axes: tuple[str, ...]
+
+    def mesh_shape(self, ranks: int) -> dict[str, int]:
+        """Axis sizes for `ranks` ranks: one line, the near-square grid, or two such grids behind each other.
+
+        Raises
+        ------
+        ValueError
+            Where the strategy needs ranks that are not there, saying how many would do.
+        """
+        if len(self.axes) == 1:
+            return {self.axes[0]: ranks}
+        if len(self.axes) == 2:
+            small, large = near_square(ranks)
+            return dict(zip(self.axes, (small, large), strict=True))
+        if ranks % 2:
+            raise ValueError(f"{self.known_as} needs an even number of ranks for its 2 layers; {ranks} were started")
+        small, large = near_square(ranks // 2)
+        return dict(zip(self.axes, (small, large, 2), strict=True))
+
+    @property
+    def batched(self) -> bool:
+        """Whether the spec carries a batch index."""
+        return self.spec.startswith("b")
+
+
+STRATEGIES = (
+    Strategy("column", "column parallel", "m k, k n/tp -> m n/tp", ("tp",)),
+    Strategy("column-gathered", "column parallel, gathered", "m k, k n/tp -> m n", ("tp",)),
+    Strategy("row", "row parallel", "m k/tp, k/tp n -> m n", ("tp",)),
+    Strategy("row-sequence", "row parallel + sequence parallel", "m k/tp, k/tp n -> m/tp n", ("tp",)),
+    Strategy("sequence-column", "sequence-parallel column", "m/tp k, k n/tp -> m n/tp", ("tp",)),
+    Strategy("block-rows", "1-D block rows", "m/p k, k/p n -> m/p n", ("p",)),
+    Strategy("summa", "SUMMA", "m/r k/c, k/r n/c -> m/r n/c", ("r", "c")),
+    Strategy("2.5d", "2.5-D", "m/r k/c*d, k/r*d n/c -> m/r n/c", ("r", "c", "d")),
+    Strategy("batched", "batched", "b/dp m k, k n/tp -> b/dp m n/tp", ("dp", "tp")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of a published model: `features_in` x `features_out`, and the cut usual for it."""
+
+    name: str
+    features_in: int
+    features_out: int
+    strategy: str
+
+
+def _dense(model: str, hidden: int, key_values: int, inner: int, vocabulary: int) -> list[Layer]:
+    return [
+        Layer(f"{model}-qkv", hidden, hidden + 2 * key_values, "sequence-column"),
+        Layer(f"{model}-attention-output", hidden, hidden, "row-sequence"),
+        Layer(f"{model}-up", hidden, inner, "sequence-column"),
+        Layer(f"{model}-down", inner, hidden, "row-sequence"),
+        Layer(f"{model}-head", hidden, vocabulary, "column"),
+    ]
+
+
+# hidden size, width of keys (and of values), inner size of the MLP, vocabulary: from the published config.json files
+LAYERS = {
+    layer.name: layer
+    for layer in [
+        *_dense("gpt2", 768, 768, 3072, 50257),
+        *_dense("llama3-8b", 4096, 1024, 14336, 128256),
+        *_dense("llama3-70b", 8192, 1024, 28672, 128256),
+        *_dense("mixtral-8x7b", 4096, 1024, 14336, 32000),
+    ]
+}
+QUICK_SQUARE, QUICK_TOKENS, QUICK_FEATURES = 1024, 1024, 2048
+FULL_SQUARES = (256, 512, 1024, 2048, 4096)
+FULL_TOKENS = 2048
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table before it is measured."""
+
+    strategy: Strategy
+    m: int
+    n: int
+    k: int
+    dtype: str
+    batch: int = 1
+    label: str = ""
+    backward: bool = False
+    scaled_by: float = 1.0  # features of the layer divided by this, 1 for the real size
+
+    @property
+    def flops(self) -> int:
+        """Operations of the product, and of its two gradients where the case has them."""
+        each = 8 if self.dtype.startswith("complex") else 2
+        return each * self.batch * self.m * self.n * self.k * (3 if self.backward else 1)
+
+    @property
+    def shape(self) -> str:
+        """`batch x m x n x k` as the command line takes it."""
+        text = f"{self.m}x{self.n}x{self.k}"
+        return f"{self.batch}x{text}" if self.strategy.batched else text
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every index that the spec names."""
+        sizes = {"m": self.m, "n": self.n, "k": self.k}
+        return {"b": self.batch, **sizes} if self.strategy.batched else sizes
+
+
+def near_square(ranks: int) -> tuple[int, int]:
+    """The two factors of `ranks` nearest to each other, the smaller first."""
+    small = next(f for f in range(math.isqrt(ranks), 0, -1) if ranks % f == 0)
+    return small, ranks // small
+
+
+def strategy(text: str) -> Strategy:
+    """The strategy that `text` names: its key, what it is known as, or its spec (spaces are free).
+
+    A spec of the user's own is taken as well; its axes are read from it.
+    """
+    wanted = _squeeze(text)
+    for known in STRATEGIES:
+        if wanted in (known.key, _squeeze(known.known_as), _squeeze(known.spec)):
+            return known
+    if "->" not in text:
+        raise ValueError(f"--spec {text!r} is no spec and no strategy; known: {', '.join(s.key for s in STRATEGIES)}")
+    axes = tuple(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", " ".join(re.findall(r"/([\w*]+)", text)))))
+    if not 1 <= len(axes) <= 3:
+        raise ValueError(f"--spec {text!r} splits over {len(axes)} axes; the benchmark can set up 1, 2 or 3")
+    return Strategy("given", "given", text.strip(), axes)
+
+
+def _squeeze(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def sizes(text: str, tokens: int) -> list[tuple[str, int, int, int, int]]:
+    """What `--shape` asks for, as (label, batch, m, n, k): `MxNxK`, `BxMxNxK`, `4096`, a layer, or a model.
+
+    Parameters
+    ----------
+    tokens : int
+        Rows m of a layer.
+    """
+    if re.fullmatch(r"\d+(x\d+)*", text):
+        numbers = [int(x) for x in text.split("x")]
+        if min(numbers) < 1:
+            raise ValueError(f"--shape {text}: every size must be at least 1")
+        if len(numbers) == 1:
+            numbers *= 3
+        if len(numbers) == 3:
+            numbers = [BATCH, *numbers]
+        if len(numbers) != 4:
+            raise ValueError(f"--shape {text}: give MxNxK, BxMxNxK or one number, not {len(numbers)} numbers")
+        batch, m, n, k = numbers
+        return [("", batch, m, n, k)]
+    found = [layer for name, layer in LAYERS.items() if name == text or name.startswith(text + "-")]
+    if not found:
+        raise ValueError(f"--shape {text!r} is neither sizes nor a layer; layers: {', '.join(LAYERS)}")
+    return [(layer.name, 1, tokens, layer.features_out, layer.features_in) for layer in found]
+
+
+def quick(dtypes: list[str]) -> list[Case]:
+    """Every strategy once per type, the layers of two models at sizes that fit, and three gradients."""
+    cases = []
+    for known in STRATEGIES:
+        rows = QUICK_SQUARE // 2 if known.batched else QUICK_SQUARE
+        batch = BATCH if known.batched else 1
+        cases += [Case(known, rows, QUICK_SQUARE, QUICK_SQUARE, dtype, batch, label="square") for dtype in dtypes]
+    first = dtypes[:1]
+    cases += [Case(strategy("summa"), 1001, 997, 1013, dtype, label="nothing divides") for dtype in first]
+    for name in ("gpt2-up", "gpt2-down", "llama3-8b-qkv", "llama3-8b-attention-output", "llama3-8b-down"):
+        cases += [_scaled(LAYERS[name], dtype) for dtype in first]
+    for key in ("sequence-column", "row-sequence", "summa"):
+        square = QUICK_SQUARE // 2
+        cases += [Case(strategy(key), square, square, square, dtype, label="square", backward=True) for dtype in first]
+    return cases
+
+
+def _scaled(layer: Layer, dtype: str) -> Case:
+    """`layer` with both feature sizes divided so that the larger fits a quick run; the shape keeps its proportions."""
+    by = max(1.0, max(layer.features_in, layer.features_out) / QUICK_FEATURES)
+    features_in, features_out = round(layer.features_in / by), round(layer.features_out / by)
+    return Case(
+        strategy(layer.strategy), QUICK_TOKENS, features_out, features_in, dtype, label=layer.name, scaled_by=by
+    )
+
+
+def full(dtypes: list[str], tokens: int = FULL_TOKENS) -> list[Case]:
+    """Every strategy on squares up to 4096, every layer at its real size, gradients of every strategy."""
+    cases = []
+    for known in STRATEGIES:
+        for square in FULL_SQUARES:
+            batch = BATCH if known.batched else 1
+            rows = square // BATCH if known.batched else square
+            cases += [Case(known, rows, square, square, dtype, batch, label="square") for dtype in dtypes]
+        cases += [Case(known, 1024, 1024, 1024, dtype, label="square", backward=True) for dtype in dtypes]
+    cases += [Case(strategy("summa"), 1001, 997, 1013, dtype, label="nothing divides") for dtype in dtypes]
+    for layer in LAYERS.values():
+        known = strategy(layer.strategy)
+        cases += [
+            Case(known, tokens, layer.features_out, layer.features_in, dtype, label=layer.name) for dtype in dtypes
+        ]
+    return cases
+
+
+def select(options: Any) -> list[Case]:
+    """The cases that the command line asks for: `options` has full, shape, spec, dtype, tokens and backward."""
+    dtypes: list[str] = options.dtype or ["float32", "bfloat16"]
+    tokens = options.tokens or FULL_TOKENS
+    specs = [strategy(text) for text in options.spec or []]
+    if not options.shape:
+        cases = full(dtypes, tokens) if options.full else quick(dtypes)
+        if specs:
+            own = [s for s in specs if s.key == "given"]
+            keys = {s.key for s in specs}
+            cases = [c for c in cases if c.strategy.key in keys]
+            cases += [
+                Case(s, QUICK_SQUARE, QUICK_SQUARE, QUICK_SQUARE, dtype, BATCH if s.batched else 1)
+                for s in own
+                for dtype in dtypes
+            ]
+    else:
+        cases = []
+        for text in options.shape:
+            for label, batch, m, n, k in sizes(text, tokens):
+                usual = [strategy(LAYERS[label].strategy)] if label else list(STRATEGIES)
+                cases += [
+                    Case(known, m, n, k, dtype, batch if known.batched else 1, label=label)
+                    for known in specs or usual
+                    for dtype in dtypes
+                ]
+    if options.backward:
+        cases = [replace(case, backward=True) for case in cases]
+    return cases
