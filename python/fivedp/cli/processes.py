@@ -1,0 +1,77 @@
+"""All processes of one launch, found and ended.
+
+A launcher puts its ranks into process groups of their own, and a rank whose launcher was killed belongs to nobody. What
+every process of a launch does keep is its environment: each launch gets a mark there, and `/proc` is searched for it.
+Where there is no `/proc` the process group of the launcher has to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+MARK = "FIVEDP_LAUNCH_MARK"
+_PROC = Path("/proc")
+
+
+def new_mark() -> str:
+    """A value for the variable `MARK` that no other launch has."""
+    return uuid.uuid4().hex
+
+
+def marked(mark: str) -> list[int]:
+    """Process ids of this user whose environment carries `mark`, zombies excepted."""
+    needle = f"{MARK}={mark}".encode()
+    found = []
+    for folder in _PROC.iterdir() if _PROC.is_dir() else ():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            # The list of variables ends with a zero byte, as each variable does; a zombie's is empty.
+            if needle in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether process `pid` has a handler of its own for signal `number`."""
+    with contextlib.suppress(OSError):
+        for line in (_PROC / str(pid) / "status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def send(pids: list[int], number: signal.Signals) -> None:
+    """Send a signal to those of `pids` that still exist."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def end_launch(launcher: subprocess.Popen[bytes], mark: str, grace: float = 2.0) -> None:
+    """End a launch: ask its launcher, wait `grace` seconds, then kill whatever carries the mark.
+
+    Returns when no process of the launch is left.
+    """
+    if launcher.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            launcher.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(grace)
+    # A rank may be starting a child just now: look again until nothing is found.
+    for _ in range(50):
+        left = [pid for pid in marked(mark) if pid != os.getpid()]
+        if launcher.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+        send(left, signal.SIGKILL)
+        if launcher.poll() is not None and not left:
+            return
+        time.sleep(0.02)
+    launcher.wait()

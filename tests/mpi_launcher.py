@@ -1,0 +1,393 @@
+"""Tests under mpirun, started from an ordinary pytest.
+
+Every file under `tests/mpi` becomes one item per rank count (`test_x.py::np3`), and the item is a launch: the right
+mpirun, `python -m pytest` on every rank, a deadline. The rank counts and the deadline are constants of the file, read
+without importing it:
+
+    RANKS = (1, 2, 3, 8)     default (1, 2, 3, 4, 8); () means that the file starts its own launches and stays here
+    TIMEOUT = 120            seconds for one launch, default 240
+
+A launch ends in one of four ways, and never hangs: its own exit status; the deadline; a rank whose process is gone
+although its tests are not; ranks that finished their tests and do not end. In the last three every rank first writes
+the stacks of its threads (SIGUSR1, faulthandler), then everything that belongs to the launch is killed.
+
+`run_mpi` is the same launch for a test's own program: a crash, a hang, a benchmark.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGUSR1
+
+import pytest
+
+from fivedp.cli.launcher import (
+    Launcher,
+    LauncherError,
+    clean_environment,
+    find_launcher,
+    plan_launch,
+    this_machine,
+)
+from fivedp.cli.mpi_library import MPILibraryError, find_library
+from fivedp.cli.processes import MARK, catches, end_launch, marked, new_mark, send
+
+TESTS = Path(__file__).resolve().parent
+MPI_TESTS = TESTS / "mpi"
+DEFAULT_RANKS = (1, 2, 3, 4, 8)
+DEFAULT_TIMEOUT = 240.0
+RECORDS = "FIVEDP_TEST_RECORDS"  # folder in which the ranks of a launch note where they are
+SEED = "FIVEDP_TEST_SEED"
+# mpirun itself needs a moment to notice that a rank is gone; after this we end the launch for it.
+LOST_RANK_GRACE = 3.0
+# Interpreter shutdown and MPI_Finalize of 8 ranks on 2 busy cores.
+END_GRACE = 30.0
+NOTHING_COLLECTED = 5
+
+
+@dataclass
+class RankRecord:
+    """What one rank wrote down about itself."""
+
+    pid: int
+    current: str = ""
+    left: str = ""
+    done: bool = False
+
+
+@dataclass
+class Finished:
+    """The end of a launch; attributes as of `subprocess.CompletedProcess`, and why it was ended if it was."""
+
+    args: Sequence[str]
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+    ended_because: str = ""
+    stacks: dict[int, str] = field(default_factory=dict)
+    failures: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    records: dict[int, RankRecord] = field(default_factory=dict)
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether the deadline ended the launch."""
+        return self.ended_because.startswith("deadline")
+
+    @property
+    def output(self) -> str:
+        """Everything there is to show, in reading order."""
+        parts = [self.stdout.rstrip(), self.stderr.rstrip()]
+        if self.failures and not self.counts:  # pytest did not come to its own report of them
+            parts.append(self.failures.rstrip())
+        parts += [f"----- stacks of rank {rank} -----\n{text}" for rank, text in sorted(self.stacks.items())]
+        return "\n".join(part for part in parts if part)
+
+
+@functools.cache
+def launcher() -> Launcher:
+    """The launcher of this Python's MPI, as `fivedp run` finds it."""
+    environ = clean_environment()
+    return find_launcher(find_library(environ=environ), environ)
+
+
+def run_mpi(
+    n_ranks: int,
+    code_or_path: str | Path,
+    *,
+    args: Sequence[str] = (),
+    timeout: float = 60.0,
+    env: Mapping[str, str | None] | None = None,
+    cwd: str | Path | None = None,
+) -> Finished:
+    """Run a Python program on `n_ranks` ranks, and come back in any case.
+
+    Parameters
+    ----------
+    n_ranks : int
+    code_or_path : str or Path
+        A `Path` is run as a script, a `str` as `python -c`.
+    args : sequence of str
+        Arguments of the program.
+    timeout : float
+        Seconds until every process of the launch is killed.
+    env : mapping, optional
+        Variables to set, or to remove where the value is None.
+    cwd : path, optional
+        The working directory of the ranks.
+
+    Returns
+    -------
+    Finished
+        `returncode` is the launcher's, `timed_out` tells about the deadline.
+    """
+    program = [str(code_or_path)] if isinstance(code_or_path, Path) else ["-c", code_or_path]
+    return start([sys.executable, *program, *args], n_ranks, timeout=timeout, env=env, cwd=cwd)
+
+
+def start(
+    command: Sequence[str],
+    n_ranks: int,
+    *,
+    timeout: float,
+    env: Mapping[str, str | None] | None = None,
+    cwd: str | Path | None = None,
+) -> Finished:
+    """Launch `command` on `n_ranks` ranks and watch over it to its end."""
+    base = clean_environment()
+    for name, value in (env or {}).items():
+        if value is None:
+            base.pop(name, None)
+        else:
+            base[name] = value
+    launch = plan_launch(n_ranks, command, launcher(), this_machine(), environ=base)
+    mark = new_mark()
+    with tempfile.TemporaryDirectory(prefix="fivedp-launch-") as folder:
+        records = Path(folder, "records")
+        records.mkdir()
+        environment = launch.environment(base) | {MARK: mark, RECORDS: str(records), "PYTHONUNBUFFERED": "1"}
+        # Files, not pipes: a pipe held open by a lost rank would keep us waiting for its end.
+        with open(Path(folder, "out"), "wb") as out, open(Path(folder, "err"), "wb") as err:
+            begin = time.monotonic()
+            process = subprocess.Popen(
+                launch.argv, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
+            )
+            try:
+                because = _watch(process, mark, records, begin + timeout, timeout)
+                if because:
+                    send([pid for pid in marked(mark) if catches(pid, SIGUSR1)], SIGUSR1)
+                    time.sleep(0.5)
+            finally:
+                end_launch(process, mark, grace=1.0)
+        return Finished(
+            args=launch.argv,
+            returncode=process.returncode,
+            stdout=Path(folder, "out").read_text(errors="replace"),
+            stderr=Path(folder, "err").read_text(errors="replace"),
+            seconds=time.monotonic() - begin,
+            ended_because=because,
+            stacks=_read_stacks(records),
+            failures=(records / "failures").read_text() if (records / "failures").is_file() else "",
+            counts=_read_counts(records),
+            records=read_records(records),
+        )
+
+
+def _watch(process: subprocess.Popen[bytes], mark: str, records: Path, end: float, timeout: float) -> str:
+    """Wait for the end of a launch; the reason to end it, or an empty string where it ended by itself."""
+    pause, lost_since, done_since = 0.01, 0.0, 0.0
+    while True:
+        try:
+            process.wait(pause)
+            return ""
+        except subprocess.TimeoutExpired:
+            pause = min(pause * 1.5, 0.2)
+        now = time.monotonic()
+        ranks = read_records(records)
+        where = "; ".join(f"rank {rank}: {_place(record)}" for rank, record in sorted(ranks.items()))
+        if now > end:
+            return f"deadline of {timeout:g} s passed; {where or 'no rank had begun its tests'}"
+        if not ranks:
+            continue
+        alive = set(marked(mark))
+        lost = {rank: record for rank, record in ranks.items() if record.pid not in alive and not record.done}
+        lost_since = (lost_since or now) if lost else 0.0
+        if lost and now - lost_since > LOST_RANK_GRACE:
+            names = ", ".join(f"rank {rank} during {_place(record)}" for rank, record in sorted(lost.items()))
+            return f"the process of {names} has ended, the launch has not; {where}"
+        all_done = all(record.done for record in ranks.values())
+        done_since = (done_since or now) if all_done else 0.0
+        if all_done and now - done_since > END_GRACE:
+            return f"all ranks finished their tests, but did not end within {END_GRACE:g} s (MPI_Finalize?)"
+
+
+def _place(record: RankRecord) -> str:
+    if record.done:
+        return "finished"
+    return (record.current or "start") + (f", left {record.left}" if record.left else "")
+
+
+def read_records(records: Path) -> dict[int, RankRecord]:
+    """Read where each rank is, from the lines it appended to its file."""
+    found = {}
+    for file in records.glob("rank.*"):
+        lines = file.read_text(errors="replace").splitlines()
+        if lines and lines[0].startswith("pid "):
+            record = RankRecord(pid=int(lines[0].split()[1]))
+            for line in lines[1:]:
+                kind, _, value = line.partition(" ")
+                record.current = value if kind == "test" else record.current
+                record.left = value if kind == "left" else record.left
+                record.done = record.done or kind == "done"
+            found[int(file.name.partition(".")[2])] = record
+    return found
+
+
+def _read_stacks(records: Path) -> dict[int, str]:
+    """Stacks by rank, without the frames of pytest below the test."""
+    found = {}
+    for file in records.glob("stacks.*"):
+        lines = file.read_text(errors="replace").splitlines()
+        kept = [
+            line
+            for line in lines
+            if not re.search(r"/_?pytest/|/pluggy/|<frozen runpy>|mpi_ranks\.py\", line \d+ in py", line)
+        ]
+        if kept:
+            found[int(file.name.partition(".")[2])] = "\n".join(kept)
+    return found
+
+
+def _read_counts(records: Path) -> dict[str, int]:
+    file = records / "counts"
+    words = file.read_text().split() if file.is_file() else []
+    return {name: int(number) for name, number in (word.split("=") for word in words)}
+
+
+# ---------------------------------------------------------------- the side of the ordinary pytest
+
+
+def constant(source: str, name: str, default: object) -> object:
+    """The value of a module constant, read from the source without running it."""
+    for node in ast.parse(source).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return ast.literal_eval(node.value)  # type: ignore[union-attr]
+    return default
+
+
+def test_names(source: str) -> list[str]:
+    """Names of test functions and classes in a source, for `-k`."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, kinds) and node.name.lower().startswith("test")
+    ]
+
+
+class RanksFailed(Exception):
+    """A launch whose tests failed, or that had to be ended; its text is what the ranks said."""
+
+
+class RankFile(pytest.File):
+    """A file under `tests/mpi`: one launch per rank count."""
+
+    def collect(self) -> Iterator[RankItem]:
+        source = self.path.read_text()
+        only = self.config.getoption("mpi_ranks")
+        ranks = constant(source, "RANKS", DEFAULT_RANKS)
+        timeout = float(self.config.getoption("mpi_timeout") or constant(source, "TIMEOUT", DEFAULT_TIMEOUT))  # type: ignore[arg-type]
+        names = test_names(source)
+        for n_ranks in ranks:  # type: ignore[attr-defined]
+            if only is None or n_ranks in only:
+                item = RankItem.from_parent(self, name=f"np{n_ranks}", n_ranks=n_ranks, timeout=timeout)
+                item.extra_keyword_matches.update(names)
+                yield item
+
+
+class RankItem(pytest.Item):
+    """All tests of one file on one number of ranks."""
+
+    def __init__(self, *, n_ranks: int, timeout: float, **keywords: object) -> None:
+        super().__init__(**keywords)  # type: ignore[arg-type]
+        self.n_ranks, self.timeout = n_ranks, timeout
+
+    def runtest(self) -> None:
+        try:
+            launcher()
+        except (MPILibraryError, LauncherError) as error:
+            raise RanksFailed(f"tests/mpi needs a working MPI: {error}") from None
+        options = self.config.option
+        command = [sys.executable, "-m", "pytest", str(self.path), f"--rootdir={self.config.rootpath}"]
+        command += [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--tb={options.tbstyle}",
+            f"--color={'yes' if self._colour() else 'no'}",
+        ]
+        command += [f"--maxfail={options.maxfail}"] if options.maxfail else []
+        command += ["-k", options.keyword] if options.keyword else []
+        command += ["-m", options.markexpr] if options.markexpr else []
+        done = start(command, self.n_ranks, timeout=self.timeout, env={SEED: str(self.config.stash[SEED_KEY])})
+        total = self.config.stash[COUNTS_KEY]
+        total["launches"] = total.get("launches", 0) + 1
+        for name, number in done.counts.items():
+            total[name] = total.get(name, 0) + number
+        title = f"{self.n_ranks} ranks, exit status {done.returncode}, {done.seconds:.1f} s"
+        # Hydra takes a rank that leaves with status 0 in the middle of a test for a success, and ends the others.
+        unfinished = [rank for rank in range(self.n_ranks) if rank not in done.records or not done.records[rank].done]
+        if done.ended_because:
+            raise RanksFailed(f"{title}: {done.ended_because}\n{done.output}")
+        if unfinished:
+            places = ", ".join(f"{rank} ({_place(done.records.get(rank, RankRecord(0)))})" for rank in unfinished)
+            raise RanksFailed(f"{title}: ended without finishing: rank {places}\n{done.output}")
+        if done.returncode == NOTHING_COLLECTED and (options.keyword or options.markexpr):
+            pytest.skip("no test of this file is selected")
+        if done.returncode != 0:
+            raise RanksFailed(f"{title}\n{done.output}")
+        self.add_report_section("call", f"{self.n_ranks} ranks", done.output)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:  # type: ignore[override]
+        if isinstance(excinfo.value, RanksFailed):
+            return str(excinfo.value)
+        return str(excinfo.getrepr())
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, f"{self.path.name} on {self.n_ranks} rank{'s' * (self.n_ranks != 1)}"
+
+    def _colour(self) -> bool:
+        return bool(self.config.get_terminal_writer().hasmarkup)
+
+
+SEED_KEY = pytest.StashKey[int]()
+COUNTS_KEY = pytest.StashKey[dict[str, int]]()
+
+
+class LauncherSide:
+    """The plugin of the ordinary pytest: turns files under `tests/mpi` into launches."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        # pytest-mpi, outside mpirun, skips whatever has the keyword "mpi", and the folder's name is one.
+        manager = session.config.pluginmanager
+        for plugin in list(manager.get_plugins()):
+            if type(plugin).__name__ == "MPIPlugin":
+                manager.unregister(plugin)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> RankFile | None:
+        if MPI_TESTS not in module_path.parents or constant(module_path.read_text(), "RANKS", None) == ():
+            return None
+        return RankFile.from_parent(parent, path=module_path)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        total = dict(config.stash[COUNTS_KEY])
+        launches = total.pop("launches", 0)
+        if launches:
+            counts = ", ".join(f"{number} {name}" for name, number in total.items() if number)
+            terminalreporter.write_line(f"under mpirun: {counts or 'nothing'} in {launches} launches")
+
+
+def rank_list(text: str) -> tuple[int, ...]:
+    """Parse `--mpi-ranks`."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def inside_launch(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is a rank that some launcher started."""
+    return any(name in environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"))
