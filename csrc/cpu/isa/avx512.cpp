@@ -1,0 +1,5 @@
+// AVX-512: 14 x 2 vectors, 28 of 32 registers hold C.
+#define FIVEDP_ISA avx512
+#define FIVEDP_VECTOR_BYTES 64
+#define FIVEDP_TILE_ROWS 14
+#include "cpu/isa_kernels.hpp"

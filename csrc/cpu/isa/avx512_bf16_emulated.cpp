@@ -1,0 +1,6 @@
+// For tests: the tiles and pairs of avx512_bf16, compiled for AVX2.
+#define FIVEDP_ISA avx512_bf16_emulated
+#define FIVEDP_VECTOR_BYTES 64
+#define FIVEDP_TILE_ROWS 14
+#define FIVEDP_BF16_PAIRS 1
+#include "cpu/isa_kernels.hpp"

@@ -1,0 +1,5 @@
+// For tests: the tiles of avx512, compiled for AVX2.
+#define FIVEDP_ISA avx512_emulated
+#define FIVEDP_VECTOR_BYTES 64
+#define FIVEDP_TILE_ROWS 14
+#include "cpu/isa_kernels.hpp"

@@ -1,0 +1,6 @@
+// Any machine: 16-byte vectors in the compiler's own words. Fused multiply-add through fma(), which is exact (and slow)
+// where the machine has no such instruction, so the bits are those of every other instruction set.
+#define FIVEDP_ISA generic
+#define FIVEDP_VECTOR_BYTES 16
+#define FIVEDP_TILE_ROWS 6
+#include "cpu/isa_kernels.hpp"

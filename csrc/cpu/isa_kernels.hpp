@@ -1,0 +1,57 @@
+// Compiles the kernels for one instruction set. The file that includes this sets
+//
+//     FIVEDP_ISA            the namespace and the name
+//     FIVEDP_VECTOR_BYTES   width of a vector
+//     FIVEDP_TILE_ROWS      rows of the register tile
+//     FIVEDP_BF16_PAIRS     defined where an instruction multiplies pairs of bfloat16
+//
+// and is compiled with that instruction set's flags. Everything lies in a namespace of the same name, inside an unnamed
+// one, and no standard library function is called: an inline function shared with other files could be kept in
+// this file's version by the linker, and then run on a machine that cannot execute it.
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/gemm_problem.hpp"
+
+namespace fivedp {
+namespace FIVEDP_ISA {
+namespace {
+
+#include "cpu/vec.hpp"
+// (in this order)
+#include "cpu/finish.hpp"
+#include "cpu/microkernel.hpp"
+#include "cpu/pack.hpp"
+#include "cpu/stream.hpp"
+// (built on the above)
+#include "cpu/gemm.hpp"
+#include "cpu/tree_sum.hpp"
+
+template <class E>
+constexpr GemmKernel gemm_kernel() {
+    return {
+        tile_rows,     tile_columns<typename E::Acc>, sizeof(typename E::Acc), sizeof(typename E::Unit), block_units<E>,
+        &gemm_block<E>};
+}
+
+#ifdef FIVEDP_BF16_PAIRS
+using Bf16Engine = Bf16PairsEngine;
+#else
+using Bf16Engine = Bf16WidenedEngine;
+#endif
+
+}  // namespace
+
+#define FIVEDP_TEXT_OF(name) #name
+#define FIVEDP_TEXT(name) FIVEDP_TEXT_OF(name)
+
+extern const KernelTable table;
+constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA), gemm_kernel<F32Engine>(), gemm_kernel<F64Engine>(),
+                               gemm_kernel<Bf16Engine>(), &tree_sum};
+
+}  // namespace FIVEDP_ISA
+}  // namespace fivedp

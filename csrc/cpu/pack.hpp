@@ -1,0 +1,230 @@
+// Packing: the pieces of A and B that one K block needs, joined, widened and laid out for the microkernel.
+//
+//     A: rows of one K block,          to[r * block_units + k]
+//     B: panels of tile_columns,       to[k * tile_columns + j], filled up with zero columns
+//
+// Three ways, by the source's strides: contiguous along the packed direction (copy), contiguous across it (transposed
+// in registers, 8 x 8), or any strides (element by element). Sources are read where they lie and may be unaligned.
+
+// to[column * to_stride + row] = from[row * from_stride (bytes) + column]
+template <class T, class Source>
+FIVEDP_INLINE void transpose_any(const char* from, std::int64_t from_row, std::int64_t from_column, std::int64_t rows,
+                                 std::int64_t columns, T* to, std::int64_t to_stride) {
+    for (std::int64_t column = 0; column < columns; ++column)
+        for (std::int64_t row = 0; row < rows; ++row)
+            to[column * to_stride + row] = element<T, Source>(from + row * from_row + column * from_column);
+}
+
+#if defined(__has_builtin) && FIVEDP_VECTOR_BYTES >= 32
+#if __has_builtin(__builtin_shufflevector)
+#define FIVEDP_TRANSPOSE 1
+#endif
+#endif
+
+#ifdef FIVEDP_TRANSPOSE
+typedef float Float8 __attribute__((vector_size(32)));
+typedef double Double4 __attribute__((vector_size(32)));
+
+template <class Source>
+FIVEDP_INLINE Float8 load_float8(const char* from) {
+    if constexpr (sizeof(Source) == 2) {
+        __m128i halves;
+        __builtin_memcpy(&halves, from, sizeof halves);
+        return (Float8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+    } else {
+        return load<Float8>(from);
+    }
+}
+
+// Swaps ever smaller off-diagonal blocks: 4 x 4, 2 x 2, 1 x 1.
+template <class Source>
+FIVEDP_INLINE void transpose_square(const char* from, std::int64_t from_row, float* to, std::int64_t to_stride) {
+    Float8 x[8], y[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) x[i] = load_float8<Source>(from + i * from_row);
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; ++i) {
+        y[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        y[i + 4] = __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        if (i & 2) continue;
+        x[i] = __builtin_shufflevector(y[i], y[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        x[i + 2] = __builtin_shufflevector(y[i], y[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        if (i & 1) continue;
+        store(to + i * to_stride, __builtin_shufflevector(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14));
+        store(to + (i + 1) * to_stride, __builtin_shufflevector(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
+    }
+}
+
+template <class Source>
+FIVEDP_INLINE void transpose_square(const char* from, std::int64_t from_row, double* to, std::int64_t to_stride) {
+    Double4 x[4], y[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = load<Double4>(from + i * from_row);
+#pragma GCC unroll 4
+    for (int i = 0; i < 2; ++i) {
+        y[i] = __builtin_shufflevector(x[i], x[i + 2], 0, 1, 4, 5);
+        y[i + 2] = __builtin_shufflevector(x[i], x[i + 2], 2, 3, 6, 7);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i += 2) {
+        store(to + i * to_stride, __builtin_shufflevector(y[i], y[i + 1], 0, 4, 2, 6));
+        store(to + (i + 1) * to_stride, __builtin_shufflevector(y[i], y[i + 1], 1, 5, 3, 7));
+    }
+}
+#endif
+
+// `from` is contiguous along its columns.
+template <class T, class Source>
+FIVEDP_INLINE void transpose(const char* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, T* to,
+                             std::int64_t to_stride) {
+    constexpr std::int64_t size = sizeof(Source);
+#ifdef FIVEDP_TRANSPOSE
+    if constexpr (sizeof(T) == 8 || sizeof(T) == 4) {
+        using Lane = std::conditional_t<sizeof(T) == 8, double, float>;
+        constexpr int side = 32 / sizeof(T);
+        const std::int64_t square_rows = rows / side * side, square_columns = columns / side * side;
+        for (std::int64_t row = 0; row < square_rows; row += side)
+            for (std::int64_t column = 0; column < square_columns; column += side)
+                transpose_square<Source>(from + row * from_row + column * size, from_row,
+                                         (Lane*)(to + column * to_stride + row), to_stride);
+        transpose_any<T, Source>(from + square_columns * size, from_row, size, square_rows, columns - square_columns,
+                                 to + square_columns * to_stride, to_stride);
+        transpose_any<T, Source>(from + square_rows * from_row, from_row, size, rows - square_rows, columns,
+                                 to + square_rows, to_stride);
+        return;
+    }
+#endif
+    transpose_any<T, Source>(from, from_row, size, rows, columns, to, to_stride);
+}
+
+// The part of a piece that lies in a K block.
+struct Overlap {
+    std::int64_t begin, end;
+};
+FIVEDP_INLINE Overlap overlap(const Piece& piece, std::int64_t k_begin, std::int64_t k_end) {
+    return {piece.k_begin > k_begin ? piece.k_begin : k_begin, piece.k_end < k_end ? piece.k_end : k_end};
+}
+
+// Rows row_begin .. row_begin + rows of A for k_begin <= k < k_end.
+template <class E>
+FIVEDP_NOINLINE void pack_a(const Operand& a, std::int64_t batch, std::int64_t row_begin, std::int64_t rows,
+                            std::int64_t k_begin, std::int64_t k_end, typename E::Unit* to) {
+    using Source = typename E::Source;
+    // A pair of bf16 is stored as it lies in memory, so the packed rows are rows of Source there.
+    using Stored = std::conditional_t<E::unit_k == 2, Source, typename E::Unit>;
+    Stored* const rows_of_a = (Stored*)to;
+    for (std::int64_t p = 0; p < a.n_pieces; ++p) {
+        const Piece& piece = a.pieces[p];
+        const Overlap part = overlap(piece, k_begin, k_end);
+        if (part.begin >= part.end) continue;
+        const char* from = piece.data + batch * piece.batch_stride + row_begin * piece.outer_stride +
+                           (part.begin - piece.k_begin) * piece.k_stride;
+        Stored* into = rows_of_a + (part.begin - k_begin);
+        const std::int64_t count = part.end - part.begin;
+        if (piece.k_stride == (std::int64_t)sizeof(Source)) {
+            for (std::int64_t r = 0; r < rows; ++r) {
+                const char* row = from + r * piece.outer_stride;
+                Stored* row_to = into + r * k_block;
+                for (std::int64_t k = 0; k < count; ++k)
+                    row_to[k] = element<Stored, Source>(row + k * (std::int64_t)sizeof(Source));
+            }
+        } else if (piece.outer_stride == (std::int64_t)sizeof(Source)) {
+            transpose<Stored, Source>(from, piece.k_stride, count, rows, into, k_block);
+        } else {
+            transpose_any<Stored, Source>(from, piece.k_stride, piece.outer_stride, count, rows, into, k_block);
+        }
+    }
+    if constexpr (E::unit_k == 2) {
+        if ((k_end - k_begin) % 2 != 0)
+            for (std::int64_t r = 0; r < rows; ++r) rows_of_a[r * k_block + (k_end - k_begin)] = 0;
+    }
+}
+
+#ifdef FIVEDP_BF16_PAIRS
+// One row of pairs from the rows k (lower half) and k + 1 (upper half; null is zero) of a matrix contiguous in j.
+FIVEDP_INLINE Vec<std::uint32_t> load_pairs(const char* lower, const char* upper) {
+    typedef std::uint16_t Halves __attribute__((vector_size(FIVEDP_VECTOR_BYTES / 2)));
+    const Vec<std::uint32_t> low = __builtin_convertvector(load<Halves>(lower), Vec<std::uint32_t>);
+    if (upper == nullptr) return low;
+    return low | (__builtin_convertvector(load<Halves>(upper), Vec<std::uint32_t>) << 16);
+}
+#endif
+
+// Columns column_begin .. column_begin + columns of B for k_begin <= k < k_end, one panel.
+template <class E>
+FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t column_begin, std::int64_t columns,
+                            std::int64_t k_begin, std::int64_t k_end, typename E::Unit* to) {
+    using Source = typename E::Source;
+    using Unit = typename E::Unit;
+    using Acc = typename E::Acc;
+    constexpr std::int64_t size = sizeof(Source), width = tile_columns<Acc>;
+    const std::int64_t units = (k_end - k_begin + E::unit_k - 1) / E::unit_k;
+    // The columns beyond `columns`, and the missing half of a last pair.
+    if (columns < width || (k_end - k_begin) % E::unit_k != 0)
+        for (std::int64_t i = (columns < width ? 0 : units - 1) * width; i < units * width; ++i) to[i] = 0;
+    for (std::int64_t p = 0; p < b.n_pieces; ++p) {
+        const Piece& piece = b.pieces[p];
+        const Overlap part = overlap(piece, k_begin, k_end);
+        if (part.begin >= part.end) continue;
+        const char* from = piece.data + batch * piece.batch_stride + column_begin * piece.outer_stride +
+                           (part.begin - piece.k_begin) * piece.k_stride;
+        const std::int64_t count = part.end - part.begin;
+        if constexpr (E::unit_k == 1) {
+            Unit* into = to + (part.begin - k_begin) * width;
+            if (piece.outer_stride == size && columns == width) {
+                for (std::int64_t k = 0; k < count; ++k) {
+                    const char* row = from + k * piece.k_stride;
+#pragma GCC unroll 4
+                    for (int v = 0; v < tile_vectors; ++v) {
+                        Vec<Unit> values;
+                        if constexpr (sizeof(Source) == sizeof(Unit)) {
+                            values = load<Vec<Unit>>(row + v * lanes<Acc> * size);
+                        } else {
+                            for (int lane = 0; lane < lanes<Acc>; ++lane)
+                                values[lane] = element<Unit, Source>(row + (v * lanes<Acc> + lane) * size);
+                        }
+                        store(into + k * width + v * lanes<Acc>, values);
+                    }
+                }
+            } else if (piece.k_stride == size) {
+                transpose<Unit, Source>(from, piece.outer_stride, columns, count, into, width);
+            } else {
+                transpose_any<Unit, Source>(from, piece.outer_stride, piece.k_stride, columns, count, into, width);
+            }
+        } else {
+            std::int64_t k = part.begin - k_begin;
+            const std::int64_t end = part.end - k_begin;
+            // Half a pair: the one element of each column goes into its half of the unit.
+            const auto put_half = [&](std::int64_t at) {
+                const char* row = from + (at - (part.begin - k_begin)) * piece.k_stride;
+                std::uint16_t* half = (std::uint16_t*)(to + at / 2 * width) + at % 2;
+                for (std::int64_t j = 0; j < columns; ++j)
+                    half[2 * j] = element<std::uint16_t, std::uint16_t>(row + j * piece.outer_stride);
+            };
+            if (k % 2 != 0) put_half(k++);
+            const std::int64_t pairs = (end - k) / 2;
+            const char* row = from + (k - (part.begin - k_begin)) * piece.k_stride;
+            if (piece.outer_stride == size && columns == width) {
+#ifdef FIVEDP_BF16_PAIRS
+                for (std::int64_t pair = 0; pair < pairs; ++pair)
+#pragma GCC unroll 4
+                    for (int v = 0; v < tile_vectors; ++v) {
+                        const char* lower = row + 2 * pair * piece.k_stride + v * lanes<Acc> * size;
+                        store(to + (k / 2 + pair) * width + v * lanes<Acc>, load_pairs(lower, lower + piece.k_stride));
+                    }
+#endif
+            } else if (piece.k_stride == size) {
+                transpose<Unit, Unit>(row, piece.outer_stride, columns, pairs, to + k / 2 * width, width);
+            } else {
+                for (std::int64_t at = k; at < k + 2 * pairs; ++at) put_half(at);
+            }
+            if (k + 2 * pairs < end) put_half(k + 2 * pairs);
+        }
+    }
+}

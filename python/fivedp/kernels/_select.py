@@ -1,0 +1,33 @@
+"""Which kernels serve an array: the CPU extension, or the array library itself.
+
+Arrays are told apart by their type, without importing CuPy where nobody else has. FIVEDP_GEMM=blas replaces the
+extension's products by NumPy's (fast where its BLAS is, without the promise on bits).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Literal
+
+
+def is_cupy(array: Any) -> bool:
+    """Whether `array` is a CuPy array."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
+def gemm_backend() -> Literal["fivedp", "blas"]:
+    """What multiplies NumPy arrays: the extension's own kernels, or NumPy's BLAS where FIVEDP_GEMM is ``blas``.
+
+    Raises
+    ------
+    ValueError
+        Where FIVEDP_GEMM is neither ``fivedp`` nor ``blas``.
+    """
+    wanted = os.environ.get("FIVEDP_GEMM") or "fivedp"
+    if wanted == "blas":
+        return "blas"
+    if wanted == "fivedp":
+        return "fivedp"
+    raise ValueError(f"FIVEDP_GEMM is {wanted!r}; 'fivedp' or 'blas' would be right")
