@@ -2,13 +2,15 @@
 
 Planned bytes come from the planner, counted ones from the counters of the communication layer, the least from the
 closed forms below or, on grids of several axes, from the cheapest of all schedules priced. All are sums over the ranks.
-Memory is the peak of the resident set during the first call, which finds no buffer of an earlier one, above what was
-resident before it; inputs and output are resident by then.
+Memory is the peak of the resident set during the first call above what was resident before it; inputs and output are
+resident by then, and the buffers of earlier calls have been dropped. The kernels' own scratch is kept by its threads
+and counts where it is first used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,31 +19,39 @@ from typing import Any
 from fivedp.bench import operands
 from fivedp.bench.cases.gemm import Case
 from fivedp.bench.pieces import Grid
+from fivedp.layout.explain import known_as
 from fivedp.layout.plan import ItemSizes, Plan, plan_family
+from fivedp.layout.schedule import Schedule
 from fivedp.layout.spec import ProductSpec, parse_product
 
 
 @dataclass(frozen=True)
 class Planned:
-    """The schedule of a case in words, the bytes it sends, and the least that any schedule sends."""
+    """The schedule of a case in words, the bytes it sends, the least that any sends, and its panels' memory.
+
+    `panels` is the largest over the ranks, of the product alone.
+    """
 
     schedule: str
+    known_as: str
     bytes: int
     bound: int
+    panels: int
 
 
 def planned(case: Case, grid: Grid, order: str = "tree") -> Planned:
     """What the planner means to send for `case`, its gradients included, over all ranks."""
     product = parse_product(case.strategy.spec)
     specs = [product, *product.backward()] if case.backward else [product]
-    plans = [(spec, _plans(spec, case, grid, order)) for spec in specs]
-    chosen = plans[0][1][0]
-    total = sum(of_spec[0].bytes_total for _, of_spec in plans)
+    priced = [(spec, plans(spec, case, grid, order)) for spec in specs]
+    chosen = priced[0][1][0]
+    total = sum(of_spec[0].bytes_total for _, of_spec in priced)
     bound = 0
-    for spec, of_spec in plans:
+    for spec, of_spec in priced:
         closed = line_bound(spec, case, next(iter(grid.shape.values()))) if len(grid.shape) == 1 else None
         bound += min(p.bytes_total for p in of_spec) if closed is None else closed
-    return Planned(describe(chosen), total, bound)
+    panels = max(Schedule(chosen, rank).buffer_bytes for rank in range(chosen.family.n_ranks))
+    return Planned(describe(chosen), known_as(chosen), total, bound, panels)
 
 
 def _itemsizes(case: Case) -> ItemSizes:
@@ -50,7 +60,8 @@ def _itemsizes(case: Case) -> ItemSizes:
     return ItemSizes(a=own, b=own, c=own, partial=operands.accumulator_of(dtype).itemsize, whole=own)
 
 
-def _plans(spec: ProductSpec, case: Case, grid: Grid, order: str) -> list[Plan]:
+def plans(spec: ProductSpec, case: Case, grid: Grid, order: str) -> list[Plan]:
+    """Every schedule of `spec` for the sizes of `case`, the cheapest in bytes first."""
     axes = tuple(axis for axis in grid.shape if axis in spec.axes)
     family = plan_family(spec, axes, tuple(grid.shape[axis] for axis in axes), order)
     return family.all_plans([case.sizes[name] for name in family.indices], _itemsizes(case))
@@ -127,6 +138,15 @@ class Memory:
         if not self._known or after is None or self._before is None:
             return None
         return max(0, after - self._before)
+
+
+def forget_buffers(mesh: Any) -> None:
+    """Drop the buffers that earlier calls left behind, so that the next call's memory is its own."""
+    from fivedp.comm.grid import grid_of
+
+    vars(grid_of(mesh)).pop("buffer_pool", None)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory resident, and would hand it out again unseen
 
 
 def _status(field: str) -> int | None:

@@ -83,6 +83,7 @@ def run(bench: Bench, case: Case) -> Row:
     plan = account.planned(case, grid, bench.order)
 
     memory = account.Memory()
+    account.forget_buffers(grid.mesh)
     bench.comm.Barrier()
     memory.start()
     before = account.bytes_sent(grid.mesh)
@@ -96,8 +97,9 @@ def run(bench: Bench, case: Case) -> Row:
 
     row |= {
         "schedule": plan.schedule,
+        "schedule_known_as": plan.known_as,
         "bytes": {"counted": int(counted), "planned": plan.bytes, "bound": plan.bound},
-        "memory": {"peak": None if peak < 0 else int(peak)},
+        "memory": {"peak": None if peak < 0 else int(peak), "panels": plan.panels},
     }
     row |= timed(bench, case, product.run)
     verdict = product.check(bench.comm, bench.seed)
@@ -250,13 +252,11 @@ def _rival(bench: Bench, case: Case) -> Callable[[], Any] | None:
         return lambda: None
     dtype = operands.dtype_of(case.dtype)
     rows, m, n, k = case.batch * case.m, case.m, case.n, case.k
-    whole = [
-        operands.block(bench.seed + i, range(r), range(c), dtype)
-        for i, (r, c) in enumerate(((rows, k), (k, n), (rows, n)))
-    ]
-    a, b, dc = (
-        whole if not case.strategy.batched else (whole[0].reshape(-1, m, k), whole[1], whole[2].reshape(-1, m, n))
-    )
+    a = operands.block(bench.seed, range(rows), range(k), dtype)
+    b = operands.block(bench.seed + 1, range(k), range(n), dtype)
+    dc = operands.block(bench.seed + 2, range(rows), range(n), dtype)
+    if case.strategy.batched:
+        a, dc = a.reshape(-1, m, k), dc.reshape(-1, m, n)
     c = np.empty_like(dc)
     reference.set_threads(bench.reference_threads)
 

@@ -1,0 +1,158 @@
+"""The tables of docs/benchmarks.md, written from the files in bench/results and never by hand.
+
+    python bench/tables.py             rewrite every generated part
+    python bench/tables.py --check     exit with status 1 where one is not what its files say
+
+A generated part stands between `<!-- generated: KIND FILE -->` and `<!-- end -->`; everything else is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "bench" / "results"
+PART = re.compile(r"(<!-- generated: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.S)
+Result = dict[str, Any]
+NUMBERS = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "complex64": "c64", "complex128": "c128"}
+
+
+def table(names: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [" | ".join(names), " | ".join("---" for _ in names), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def megabytes(value: float) -> str:
+    """`3.15 MB`, `0` for nothing."""
+    return f"{value / 1e6:.2f} MB" if value else "0"
+
+
+def milliseconds(seconds: float) -> str:
+    """`1.23 ms`."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def machine(result: Result) -> str:
+    """What was measured on what."""
+    m, ceiling = result["machine"], result["ceiling"]
+    rates = ", ".join(
+        f"{NUMBERS[name]} {rate['all'] / 1e9:.0f} GFLOP/s ({rate['one_core'] / 1e9:.0f} on one core)"
+        for name, rate in ceiling["flops"].items()
+    )
+    link = ceiling.get("pingpong")
+    rows = [
+        ["date, revision", f"{result['when']}, {m['revision'] or 'installed wheel'}"],
+        ["CPU", f"{m['cpu']['model']}, {m['cores']} cores; kernels {m['isa']}; flags {' '.join(m['cpu']['flags'])}"],
+        ["ranks", f"{m['ranks']} x {m['threads']} thread(s), {m['nodes']} node(s)"],
+        ["MPI", f"{m['mpi']['name']} {m['mpi']['version']}, {m['mpi']['transport']}"],
+        ["BLAS under NumPy", "; ".join(f"{b['library']} {b['version']} ({b['core']} kernels)" for b in m["blas"])],
+        ["ceiling, arithmetic", rates],
+        ["ceiling, memory", f"copy {ceiling['copy'] / 1e9:.1f} GB/s read and written"],
+    ]
+    if link:
+        rows.append(["ceiling, messages", f"{link['bandwidth'] / 1e9:.1f} GB/s, {1e6 * link['latency']:.1f} us"])
+    return table(["", ""], rows)
+
+
+def specs(result: Result) -> str:
+    """One line per row of the benchmark."""
+    count = result["machine"]["ranks"]
+    rows = []
+    for r in result["rows"]:
+        if r.get("skipped"):
+            continue
+        sent = r["bytes"]
+        least = "equal" if sent["counted"] == sent["bound"] else megabytes(sent["bound"] / count)
+        name = r["label"] + (" (forward + backward)" if r["backward"] else "")
+        if r["scaled_by"] != 1:
+            name += f" / {r['scaled_by']:g}"
+        memory = "?" if r["memory"]["peak"] is None else megabytes(r["memory"]["peak"])
+        bits = {True: "same", False: "OTHER", None: "-"}[r["same_bits"]]
+        rows.append([
+            r["known_as"], name, r["shape"], NUMBERS[r["dtype"]], r["schedule"], milliseconds(r["seconds"]),
+            f"{r['gflops']:.1f}", f"{100 * r['share_of_peak']:.0f}%", megabytes(sent["counted"] / count), least,
+            f"{r['error']:.1e}" if not r["wrong"] else "WRONG", memory, bits,
+        ])  # fmt: skip
+    names = ["strategy", "product", "shape", "type", "schedule: moves", "time", "GFLOP/s", "of peak", "sent by a rank",
+             "least", "error", "memory", "bits of one rank"]  # fmt: skip
+    return table(names, rows)
+
+
+def peers(result: Result) -> str:
+    """One line per contest and peer, with the aim where there is one."""
+    rows = []
+    for contest in result["contests"]:
+        ours, *others = contest["entries"] or [None]
+        if ours is None:
+            continue
+        sizes = contest["sizes"]
+        shape = f"{sizes['m']}x{sizes['n']}x{sizes['k']}"
+        for entry in others:
+            if "ratio" not in entry:
+                continue
+            low, high = entry["spread"]
+            aim = entry["wanted"]
+            verdict = "" if aim is None else f"{aim:.2f}: " + ("reached" if entry["ratio"] >= aim else "**short**")
+            rows.append([
+                contest["title"], shape, entry["entry"], f"{ours['gflops']:.0f}", f"{entry['gflops']:.0f}",
+                f"**{entry['ratio']:.2f}** ({low:.2f}-{high:.2f})", verdict,
+            ])  # fmt: skip
+        rows += [[contest["title"], shape, name, "", "", "not run", ""] for name in contest["missing"]]
+        rows += [[contest["title"], shape, name, "", "", "wrong result", ""] for name in contest["wrong"]]
+    return table(
+        ["product", "shape", "peer", "ours, GFLOP/s", "peer, GFLOP/s", "ours is ... times as fast", "wanted"], rows
+    )
+
+
+def aims(result: Result) -> str:
+    """Figures measured inside one program: what was wanted, what was found."""
+    rows = []
+    for aim in result["aims"]:
+        low, high = aim.get("spread") or (None, None)
+        spread = f" ({low:.3g}-{high:.3g})" if low is not None else ""
+        reached = aim["measured"] >= aim["wanted"] if aim["more_is_better"] else aim["measured"] <= aim["wanted"]
+        sign = ">=" if aim["more_is_better"] else "<="
+        verdict = "reached" if reached else "**short**"
+        rows.append(
+            [aim["title"], f"**{aim['measured']:.3g}**{spread} {aim['unit']}", f"{sign} {aim['wanted']:g}: {verdict}"]
+        )
+    return table(["figure", "measured", "wanted"], rows)
+
+
+KINDS: dict[str, Callable[[Result], str]] = {"machine": machine, "specs": specs, "peers": peers, "aims": aims}
+
+
+def generate(text: str, results: Path = RESULTS) -> str:
+    """`text` with every generated part written anew."""
+
+    def part(match: re.Match[str]) -> str:
+        begin, kind, file, end = match.groups()
+        return f"{begin}{KINDS[kind](json.loads((results / file).read_text()))}{end}"
+
+    return PART.sub(part, text)
+
+
+def main() -> int:
+    """Rewrite or check the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 where something would change")
+    options = parser.parse_args()
+    old = DOCUMENT.read_text()
+    new = generate(old)
+    if options.check:
+        if old != new:
+            print(f"{DOCUMENT.name} is not what bench/results says; run python bench/tables.py", file=sys.stderr)
+        return int(old != new)
+    DOCUMENT.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
