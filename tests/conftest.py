@@ -16,8 +16,10 @@ import zlib
 from pathlib import Path
 
 # Before NumPy is loaded by anybody: these make OpenBLAS use the kernels of another chip.
-for _name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_DEBUG_CPU_TYPE"):
-    os.environ.pop(_name, None)
+for _name in [
+    name for name in os.environ if name.startswith(("OPENBLAS_CORETYPE", "OPENBLAS_L2", "MKL_DEBUG", "NVPL_"))
+]:
+    del os.environ[_name]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import hypothesis  # noqa: E402

@@ -24,8 +24,8 @@ from pathlib import Path
 from fivedp.cli.mpi_library import NAMES, MPILibrary, find_library, vendor_of
 
 # They make a BLAS choose the kernels of another chip, or the wrong blocking: never inherited by a rank.
-MISLEADING_BLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_DEBUG_CPU_TYPE")
-BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+MISLEADING_BLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_DEBUG_CPU_TYPE", "NVPL_")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "FIVEDP_NUM_THREADS")
 # Set by a launcher for its ranks: a launch from within a rank must not inherit them.
 RANK_VARIABLES = (
     "PMI_", "PMIX_", "PMI2_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_SIZE", "OMPI_WORLD_", "OMPI_APP_CTX", "OMPI_NUM_APP",
@@ -179,8 +179,9 @@ def candidates(library: MPILibrary, path_variable: str, python: str = sys.execut
 def belongs(launcher: Launcher, library: MPILibrary) -> bool:
     """Whether ranks started by `launcher` and using `library` find each other.
 
-    Same vendor and, for Open MPI, same major version (4 wires ranks up through ORTE, 5 through PRRTE). Hydra's
-    protocol is one for MPICH and Intel MPI of all ages, but their launchers pass different defaults.
+    Same vendor and, for Open MPI, same major version: 4 wires ranks up through ORTE, 5 through PRRTE, and whether one's
+    ranks understand the other's launcher depends on the PMIx of both. Hydra's protocol is one for MPICH and Intel MPI
+    of all ages, but their launchers pass different defaults.
     """
     if launcher.vendor != library.vendor or launcher.vendor == "unknown":
         return False
@@ -247,7 +248,7 @@ def plan_launch(
 
     thread_count = threads if threads is not None else max(1, machine.cpus // n_ranks)
     if threads is not None or (not placed and "OMP_NUM_THREADS" not in environ):
-        wanted |= {name: str(thread_count) for name in BLAS_THREADS if threads is not None or name not in environ}
+        wanted |= {name: str(thread_count) for name in THREADS if threads is not None or name not in environ}
 
     if launcher.vendor == "openmpi":
         modern = launcher.version[:1] >= (5,)
@@ -265,10 +266,10 @@ def plan_launch(
             options += ["--bind-to", "none"]
         if _has(options, PLACEMENT_OPTIONS):
             # Open MPI carries only its own variables to another node.
-            options += [word for name in BLAS_THREADS if name in wanted for word in ("-x", name)]
+            options += [word for name in THREADS if name in wanted for word in ("-x", name)]
 
     changed = {name: value for name, value in wanted.items() if environ.get(name) != value}
-    removed = [name for name in environ if name in MISLEADING_BLAS or is_rank_variable(name)]
+    removed = [name for name in environ if name.startswith(MISLEADING_BLAS) or is_rank_variable(name)]
     argv = (str(launcher.path), "-np", str(n_ranks), *options, *_runnable(command))
     return Launch(argv=argv, set_variables=changed, removed_variables=tuple(sorted(removed)))
 
