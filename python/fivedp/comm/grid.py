@@ -1,0 +1,194 @@
+"""The ranks of a communicator as a grid with named axes, and the private communicators that fivedp talks over.
+
+A plain communicator has one axis, which answers to any one name; a Cartcomm has axes r, c (and d); a Mesh has pp, dp,
+sp, ep, tp. Ranks are numbered with the last axis fastest. A group is the set of ranks that a call runs over: those that
+agree with this rank on every axis that the call's spec does not name. Groups are lists of ranks; all messages are
+point to point over one duplicate of the communicator, so no communicator is made per group and a user's own
+messages are never met.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import socket
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from fivedp.comm.launch_check import check_launch
+from fivedp.comm.traffic import Traffic
+from fivedp.comm.watchdog import Watchdog, timed_wait, watch_process
+from fivedp.errors import LayoutError
+
+_CART_NAMES = ("r", "c", "d")
+ANY_NAME = ""
+
+
+class RankGrid:
+    """One communicator with named axes.
+
+    Collective over `comm` when it is made (two duplicates of the communicator); kept with the communicator, so that
+    it is made once.
+
+    Attributes
+    ----------
+    names, sizes : tuple
+        The axes; a plain communicator has the single name "".
+    data, control : MPI.Intracomm
+        Private duplicates: payload, and notices of failure.
+    traffic : Traffic
+        Bytes this rank has sent.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, names: tuple[str, ...], sizes: tuple[int, ...]) -> None:
+        check_launch(MPI.COMM_WORLD.Get_size())
+        self.comm, self.names, self.sizes = comm, names, sizes
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.coords = list(itertools.product(*(range(size) for size in sizes)))
+        self.data, request = comm.Idup()
+        timed_wait([request], "the duplicate of the communicator that carries data")
+        self.control, request = comm.Idup()
+        timed_wait([request], "the duplicate of the communicator that carries notices")
+        self.pids = self._exchange_pids()
+        self.traffic = Traffic(names, self.coords, self.rank)
+        self.watchdog = Watchdog(self.control, self.pids)
+        self.calls: dict[Any, Any] = {}
+        """Calls seen before, kept by the operations."""
+        self._groups: dict[tuple[str, ...], Group] = {}
+        watch_process(self.watchdog)
+
+    def _exchange_pids(self) -> list[int]:
+        """The process number of every rank that this rank can see on its own node, else 0."""
+        host = zlib.crc32(socket.gethostname().encode())
+        mine = np.array([host, os.getpid()], dtype=np.int64)
+        everyone = np.empty((self.size, 2), dtype=np.int64)
+        timed_wait([self.data.Iallgather(mine, everyone)], "the process numbers of all ranks")
+        self.ranks_on_node = int((everyone[:, 0] == host).sum())
+        pids = []
+        for other_host, pid in everyone.tolist():
+            visible = other_host == host and pid != os.getpid()
+            if visible:
+                try:
+                    os.kill(pid, 0)
+                except ProcessLookupError:  # another process namespace: its number means nothing here
+                    visible = False
+                except PermissionError:
+                    pass
+            pids.append(pid if visible else 0)
+        return pids
+
+    def group(self, axes: tuple[str, ...]) -> Group:
+        """The group of this rank over `axes` (as `resolve_axes` returns them)."""
+        group = self._groups.get(axes)
+        if group is None:
+            places = tuple(0 if self.names == (ANY_NAME,) else self.names.index(axis) for axis in axes)
+            group = self._groups[axes] = Group(self, axes, places)
+        return group
+
+    def everyone(self) -> Group:
+        """The group of all ranks, whatever the axes."""
+        return self.group(self.names)
+
+
+class Group:
+    """The ranks of one call: those that differ from this rank along the named axes only.
+
+    Attributes
+    ----------
+    axes, sizes : tuple
+        The named axes and their sizes.
+    members : list of int
+        Ranks of the grid, with the last axis fastest.
+    index : int
+        This rank's place among them.
+    channel : int
+        A number that belongs to this set of axes; message tags are made of it.
+    """
+
+    def __init__(self, grid: RankGrid, axes: tuple[str, ...], places: tuple[int, ...]) -> None:
+        self.grid, self.axes = grid, axes
+        self.sizes = tuple(grid.sizes[place] for place in places)
+        mine = grid.coords[grid.rank]
+        fixed = [place for place in range(len(grid.names)) if place not in places]
+        self.members = [r for r, c in enumerate(grid.coords) if all(c[place] == mine[place] for place in fixed)]
+        self.index = self.members.index(grid.rank)
+        self.size = math.prod(self.sizes)
+        self.channel = sum(1 << place for place in places)
+        self.cache: dict[str, Any] = {}
+        places_of = dict(zip(axes, places, strict=True))
+        self.numbering = (
+            dict(zip(axes, self.sizes, strict=True)),
+            [{axis: grid.coords[r][place] for axis, place in places_of.items()} for r in self.members],
+        )
+        """(size of every axis, coordinates of every member)."""
+
+
+def _free_grid(comm: MPI.Comm, keyval: int, grid: RankGrid) -> None:
+    """Drop the grid with its communicator; its duplicates end with MPI, for freeing them would be collective."""
+
+
+_KEYVAL = MPI.Comm.Create_keyval(delete_fn=_free_grid)
+
+
+def axes_of(mesh: object) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The axis names and sizes of a communicator, a Cartcomm or a Mesh; no rank talks to another.
+
+    Raises
+    ------
+    LayoutError
+        Where `mesh` is none of these, or a Cartcomm of more than three dimensions.
+    """
+    grid = getattr(mesh, "_grid", None)
+    if isinstance(grid, RankGrid):
+        return grid.names, grid.sizes
+    if not isinstance(mesh, MPI.Intracomm):
+        raise LayoutError(f"expected a communicator, a Cartcomm or a fivedp.Mesh, got {type(mesh).__name__}")
+    if mesh.Get_topology() == MPI.CART:
+        cart = mesh if isinstance(mesh, MPI.Cartcomm) else MPI.Cartcomm(mesh)
+        if cart.Get_dim() > len(_CART_NAMES):
+            raise LayoutError(
+                f"a Cartcomm of {cart.Get_dim()} dimensions has no axis names; use 2 (r, c) or 3 (r, c, d)"
+            )
+        if cart.Get_dim() > 1:
+            return _CART_NAMES[: cart.Get_dim()], tuple(cart.Get_topo()[0])
+    return (ANY_NAME,), (mesh.Get_size(),)
+
+
+def resolve_axes(names: tuple[str, ...], axes: Sequence[str]) -> tuple[str, ...]:
+    """The axes that a spec names, in the order of the grid whose axes are `names`.
+
+    Raises
+    ------
+    LayoutError
+        Where one is no axis of the grid.
+    """
+    if names == (ANY_NAME,):
+        if len(axes) > 1:
+            raise LayoutError(
+                f"axes {' and '.join(axes)} are named, but a plain communicator has one axis; "
+                "use a fivedp.Mesh or a Cartcomm for several"
+            )
+        return tuple(axes)
+    for axis in axes:
+        if axis not in names:
+            raise LayoutError(f"axis {axis} is named, but this mesh has {', '.join(names)}")
+    return tuple(name for name in names if name in axes)
+
+
+def grid_of(mesh: object) -> RankGrid:
+    """The grid of a communicator, a Cartcomm or a Mesh; made at the first call, which is collective over it."""
+    grid = getattr(mesh, "_grid", None)
+    if isinstance(grid, RankGrid):
+        return grid
+    names, sizes = axes_of(mesh)
+    assert isinstance(mesh, MPI.Intracomm)
+    grid = mesh.Get_attr(_KEYVAL)
+    if not isinstance(grid, RankGrid):
+        grid = RankGrid(mesh, names, sizes)
+        mesh.Set_attr(_KEYVAL, grid)
+    return grid
