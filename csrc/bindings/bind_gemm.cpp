@@ -169,8 +169,8 @@ void gemm(const py::object& a_pieces, const py::object& b_pieces, py::array c, c
     problem.a = {a.pieces.data(), static_cast<std::int64_t>(a.pieces.size())};
     problem.b = {b.pieces.data(), static_cast<std::int64_t>(b.pieces.size())};
     problem.k = a.k;
-    problem.cuts = borders.data();
-    problem.n_shards = static_cast<std::int64_t>(borders.size()) - 1;
+    request.cuts = borders.data();
+    request.n_shards = static_cast<std::int64_t>(borders.size()) - 1;
     problem.alpha = alpha;
     problem.beta = beta;
 

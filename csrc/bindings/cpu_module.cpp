@@ -1,11 +1,13 @@
-// Table of contents of fivedp._cpu: each family of kernels binds itself.
+// Table of contents of fivedp._cpu: each family of kernels binds itself, and so does the planner's arithmetic.
 #include <pybind11/pybind11.h>
 
 namespace fivedp {
 void bind_gemm(pybind11::module_& module);
+void bind_layout(pybind11::module_& module);
 }
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Local arithmetic on the CPU; see fivedp.kernels";
     fivedp::bind_gemm(module);
+    fivedp::bind_layout(module);
 }

@@ -19,3 +19,25 @@ def threads() -> int: ...
 def set_threads(count: int) -> None: ...
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
+
+class SchedulePrices:
+    """The bytes of every schedule of a spec; made by `fivedp.layout.plan`, which says what the tables hold."""
+
+    def __init__(
+        self,
+        needed: Any,
+        owned: Any,
+        slot_index: Sequence[int],
+        tensor_start: Sequence[int],
+        nodes: Any,
+        total_nodes: Any,
+        replicas: int,
+        slice_part: Any,
+        messages: Any,
+    ) -> None: ...
+    def price(
+        self, sizes: Sequence[int], itemsizes: tuple[int, int, int, int, int]
+    ) -> tuple[list[int], list[int]]: ...
+    def cheapest(
+        self, sizes: Sequence[int], itemsizes: tuple[int, int, int, int, int]
+    ) -> tuple[int, int, int, int]: ...

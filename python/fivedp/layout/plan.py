@@ -17,7 +17,7 @@ of k divide 8, every rank computes one subtree, so bits do not depend on the num
 A cut of 8 may differ from a cut of p by up to two slices of k where 8 does not divide k; those slices travel as inputs.
 With `order="canonical"` any number of parts gets whole virtual shards and sends one partial result per subtree.
 
-Pricing a new shape is about thirty NumPy operations over (candidates x ranks x dimensions), prepared once per spec.
+What a price needs beside the sizes is prepared once per spec and grid, so a new shape is planned in microseconds.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from fivedp._cpu import SchedulePrices
 from fivedp.layout.shares import Box, Range, border, intersect, part_number, share, volume
 from fivedp.layout.spec import Layout, ProductSpec
 
@@ -171,50 +169,43 @@ class PlanFamily:
     # -- what they cost --------------------------------------------------------------------------------------------
 
     def _prepare_prices(self) -> None:
-        n_candidates, n_ranks = len(self.candidates), self.n_ranks
+        n_ranks = self.n_ranks
+        ranks = range(n_ranks)
         slots = [(tensor, name) for tensor in "ABC" for name in self.layouts[tensor].names]
-        position = {name: i for i, name in enumerate(self.indices)}
-        self._slot_index = np.array([position[name] for _, name in slots])
         tensors = [tensor for tensor, _ in slots]
-        self._tensor_start = np.array([tensors.index(t) for t in "ABC"])
-
-        # One flat table of borders: first the cuts of the computation, then those of the shares.
         needed = [
-            (position[name], *self.cut_numbers(candidate, name, rank))
+            [[self.cut_numbers(candidate, name, rank) for rank in ranks] for candidate in self.candidates]
             for name in self.indices
-            for candidate in self.candidates
-            for rank in range(n_ranks)
         ]
         owned = []
         for tensor, name in slots:
-            for rank in range(n_ranks):
-                parts, part = part_number(self.layouts[tensor].cut_of(name), self.sizes, self.coords[rank])
-                owned.append((position[name], parts, part, part + 1))
-        table = np.array(needed + owned, dtype=np.int64)
-        self._entry_index, self._entry_parts, self._entry_borders = table[:, 0], table[:, 1], table[:, 2:].T.copy()
-        self._n_needed = len(needed)
-        self._needed_shape = (2, len(self.indices), n_candidates, n_ranks)
-        self._owned_shape = (2, len(slots), 1, n_ranks)
-
-        self._rank_nodes = np.array([[len(spans) for spans in ranks] for ranks in self.nodes], dtype=np.int64)
-        distinct = [self._k_parts(candidate) for candidate in self.candidates]
-        self._k_replication = np.array([n_ranks // parts for parts in distinct], dtype=np.int64)
+            numbers = [part_number(self.layouts[tensor].cut_of(name), self.sizes, self.coords[rank]) for rank in ranks]
+            owned.append([(parts, part, part + 1) for parts, part in numbers])
+        nodes = [[len(spans) for spans in by_rank] for by_rank in self.nodes]
         # Every brick is computed once: the partial results of one element are those of ranks that differ in k only.
-        self.total_nodes = self._rank_nodes.sum(axis=1) // self._k_replication
-
+        self.total_nodes = [
+            sum(by_rank) * self._k_parts(candidate) // n_ranks
+            for by_rank, candidate in zip(nodes, self.candidates, strict=True)
+        ]
         # Two-phase reduction: the replicas of a share of C each reduce a slice of it, cut along one of C's dimensions.
-        self._replicas = math.prod(self.sizes[axis] for axis in self.replica_axes)
-        variants = self.spec.c.names if self._replicas > 1 else ()
-        slice_parts = np.ones((len(self.spec.c.names), len(variants), 1, 1), dtype=np.int64)
-        slice_part = np.zeros((2, len(self.spec.c.names), len(variants), n_candidates, n_ranks), dtype=np.int64)
-        for v, name in enumerate(variants):
-            slice_parts[v, v] = self._replicas
-            for c, candidate in enumerate(self.candidates):
-                for rank in range(n_ranks):
-                    slice_part[0, v, v, c, rank] = self.slice_number(candidate, name, rank)
-        slice_part[1] = slice_part[0] + 1
-        self._slice_parts, self._slice_part = slice_parts, slice_part
+        self.replicas = math.prod(self.sizes[axis] for axis in self.replica_axes)
+        variants = self.spec.c.names if self.replicas > 1 else ()
+        slice_part = [
+            [[self.slice_number(candidate, name, rank) for rank in ranks] for candidate in self.candidates]
+            for name in variants
+        ]
         self._messages = self._count_messages(len(variants))
+        self._prices = SchedulePrices(
+            needed,
+            owned,
+            [self.indices.index(name) for _, name in slots],
+            [tensors.index(tensor) for tensor in "ABC"],
+            nodes,
+            self.total_nodes,
+            self.replicas,
+            slice_part,
+            self._messages,
+        )
 
     def _k_parts(self, candidate: Assignment) -> int:
         return math.prod(self.sizes[axis] for name in self.spec.k for axis in candidate.axes_of(name))
@@ -225,25 +216,26 @@ class PlanFamily:
         axes += [axis for axis in self.replica_axes if axis not in axes]
         return part_number(axes, self.sizes, self.coords[rank])[1]
 
-    def _count_messages(self, n_variants: int) -> npt.NDArray[np.int64]:
-        """About how many messages a rank receives, by candidate and reduction: the tie-break between equal bytes."""
-        counts = np.zeros((1 + n_variants, len(self.candidates)), dtype=np.int64)
-        for c, candidate in enumerate(self.candidates):
+    def _count_messages(self, n_variants: int) -> list[int]:
+        """About how many messages a rank receives, by reduction and candidate: the tie-break between equal bytes."""
+        counts = []
+        for candidate in self.candidates:
+            count = 0
             for tensor in "ABC":
                 moved: set[str] = set()
-                for name in self.indices:
+                for name in self.layouts[tensor].names:
                     own, need = self.layouts[tensor].cut_of(name), candidate.axes_of(name)
-                    if name in self.layouts[tensor].names and own != need:
+                    if own != need:
                         moved |= set(own) | (set(need) if tensor == "C" else set())
                 if tensor == "C":
                     moved |= {axis for name in self.spec.k for axis in candidate.axes_of(name)}
-                counts[:, c] += math.prod(self.sizes[axis] for axis in moved) - 1
-            # A second phase is one more exchange between the replicas.
-            counts[1:, c] += self._replicas - 1
-        return counts
+                count += math.prod(self.sizes[axis] for axis in moved) - 1
+            counts.append(count)
+        # A second phase is one more exchange between the replicas.
+        return counts + [count + self.replicas - 1 for count in counts] * n_variants
 
-    def price(self, sizes: Sequence[int], itemsizes: ItemSizes) -> tuple[npt.NDArray[np.int64], ...]:
-        """Bytes sent by all ranks together, for every schedule.
+    def plan(self, sizes: Sequence[int], itemsizes: ItemSizes) -> Plan:
+        """The schedule with the fewest bytes, summed over all ranks; among equals the one with the fewest messages.
 
         Parameters
         ----------
@@ -251,87 +243,28 @@ class PlanFamily:
             The global size of every index, in the order of `indices`.
         itemsizes : ItemSizes
             Bytes per element.
-
-        Returns
-        -------
-        moves : int64 array, (2, candidates)
-            Bytes of A and of B.
-        result : int64 array, (1 + variants, candidates)
-            Bytes of C: direct, then two-phase with the slices along each dimension of C.
         """
-        n = np.asarray(sizes, dtype=np.int64)[self._entry_index]
-        quotient = n // self._entry_parts
-        borders = self._entry_borders * quotient + np.minimum(self._entry_borders, n - quotient * self._entry_parts)
-        needed = borders[:, : self._n_needed].reshape(self._needed_shape)[:, self._slot_index]
-        owned = borders[:, self._n_needed :].reshape(self._owned_shape)
-        overlap = np.minimum(needed[1], owned[1]) - np.maximum(needed[0], owned[0])
-        np.maximum(overlap, 0, out=overlap)
-        starts = self._tensor_start
-        held = np.multiply.reduceat(overlap, starts)
-        wanted = np.multiply.reduceat(needed[1] - needed[0], starts)
-        # A brick without elements of C needs nothing.
-        moves = ((wanted[:2] - held[:2]) * (wanted[2] > 0)).sum(axis=2)
-        moves[0] *= itemsizes.a
-        moves[1] *= itemsizes.b
-
-        owned_c = owned[:, starts[2] :]
-        own_length = owned_c[1] - owned_c[0]
-        own_volume = np.multiply.reduce(own_length)
-        wire = np.where(self.total_nodes == 1, itemsizes.whole, itemsizes.partial)
-        total = self.total_nodes[:, None]
-        direct = (own_volume * total - held[2] * self._rank_nodes).sum(axis=1) * wire
-        if self._replicas == 1:
-            return moves, direct[None]
-
-        length = own_length[:, None]
-        quotient = length // self._slice_parts
-        inside = self._slice_part * quotient + np.minimum(self._slice_part, length - quotient * self._slice_parts)
-        slices = inside + owned_c[0][:, None]
-        needed_c = needed[:, starts[2] :, None]
-        overlap_c = np.minimum(needed_c[1], slices[1]) - np.maximum(needed_c[0], slices[0])
-        np.maximum(overlap_c, 0, out=overlap_c)
-        slice_volume = np.multiply.reduce(slices[1] - slices[0])
-        held_c = np.multiply.reduce(overlap_c)
-        reduce_bytes = (slice_volume * total - held_c * self._rank_nodes).sum(axis=2) * wire
-        gather_bytes = (own_volume - slice_volume).sum(axis=2) * itemsizes.c
-        return moves, np.concatenate([direct[None], reduce_bytes + gather_bytes])
-
-    def plan(self, sizes: Sequence[int], itemsizes: ItemSizes) -> Plan:
-        """The schedule with the fewest bytes for these global sizes; see `price` for the arguments."""
-        moves, result = self.price(sizes, itemsizes)
-        total = result + moves.sum(axis=0)
-        ties = np.flatnonzero(total.ravel() == total.min())
-        best = int(ties[self._messages.ravel()[ties].argmin()])
-        return self.plan_of(best, sizes, itemsizes, moves, result)
-
-    def plan_of(
-        self,
-        number: int,
-        sizes: Sequence[int],
-        itemsizes: ItemSizes,
-        moves: npt.NDArray[np.int64],
-        result: npt.NDArray[np.int64],
-    ) -> Plan:
-        """The plan of schedule `number` (reduction x candidates, flattened)."""
-        variant, candidate = divmod(number, len(self.candidates))
-        return Plan(
-            family=self,
-            candidate=candidate,
-            slice_index=self.spec.c.names[variant - 1] if variant else None,
-            sizes=dict(zip(self.indices, map(int, sizes), strict=True)),
-            itemsizes=itemsizes,
-            bytes_a=int(moves[0, candidate]),
-            bytes_b=int(moves[1, candidate]),
-            bytes_c=int(result[variant, candidate]),
-        )
+        return self._plan_of(sizes, itemsizes, *self._prices.cheapest(sizes, itemsizes))
 
     def all_plans(self, sizes: Sequence[int], itemsizes: ItemSizes) -> list[Plan]:
-        """One plan per schedule, cheapest first."""
-        moves, result = self.price(sizes, itemsizes)
-        plans = [self.plan_of(i, sizes, itemsizes, moves, result) for i in range(result.size)]
-        messages = self._messages.ravel()
-        order = sorted(range(len(plans)), key=lambda i: (plans[i].bytes_total, messages[i]))
+        """One plan per schedule (and, where C has replicas, per kind of reduction), cheapest first."""
+        moves, result = self._prices.price(sizes, itemsizes)
+        n = len(self.candidates)
+        plans = [
+            self._plan_of(sizes, itemsizes, i, moves[i % n], moves[n + i % n], n_bytes)
+            for i, n_bytes in enumerate(result)
+        ]
+        order = sorted(range(len(plans)), key=lambda i: (plans[i].bytes_total, self._messages[i]))
         return [plans[i] for i in order]
+
+    def _plan_of(
+        self, sizes: Sequence[int], itemsizes: ItemSizes, number: int, bytes_a: int, bytes_b: int, bytes_c: int
+    ) -> Plan:
+        """The plan of schedule `number`, which counts candidates within kinds of reduction."""
+        variant, candidate = divmod(number, len(self.candidates))
+        slice_index = self.spec.c.names[variant - 1] if variant else None
+        by_name = dict(zip(self.indices, sizes, strict=True))
+        return Plan(self, candidate, slice_index, by_name, itemsizes, bytes_a, bytes_b, bytes_c)
 
 
 @lru_cache(maxsize=1024)
@@ -369,7 +302,7 @@ class Plan:
     @property
     def total_nodes(self) -> int:
         """How many partial results are added to make one element of C."""
-        return int(self.family.total_nodes[self.candidate])
+        return self.family.total_nodes[self.candidate]
 
     def spans(self, rank: int) -> list[tuple[int, int]]:
         """The subtrees (first leaf, number of leaves) that a rank computes."""
@@ -405,7 +338,7 @@ class Plan:
         place = self.family.spec.c.names.index(self.slice_index)
         number = self.family.slice_number(self.assignment, self.slice_index, rank)
         start, stop = box[place]
-        low, high = share(stop - start, self.family._replicas, number)
+        low, high = share(stop - start, self.family.replicas, number)
         return (*box[:place], (start + low, start + high), *box[place + 1 :])
 
     def holder(self, tensor: str, rank: int, source: int) -> bool:
