@@ -16,9 +16,8 @@ import zlib
 from pathlib import Path
 
 # Before NumPy is loaded by anybody: these make OpenBLAS use the kernels of another chip.
-for _name in [
-    name for name in os.environ if name.startswith(("OPENBLAS_CORETYPE", "OPENBLAS_L2", "MKL_DEBUG", "NVPL_"))
-]:
+_MISLEADING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_DEBUG_CPU_TYPE", "NVPL_")
+for _name in [name for name in os.environ if name.startswith(_MISLEADING)]:
     del os.environ[_name]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

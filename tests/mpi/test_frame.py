@@ -287,7 +287,7 @@ def test_ranks_and_deadline_are_read_without_importing() -> None:
 
 
 def test_run_mpi_returns_status_output_and_deadline() -> None:
-    code = "from mpi4py import MPI; c = MPI.COMM_WORLD; c.Barrier(); print('rank', c.rank, 'of', c.size)"
+    code = "from mpi4py import MPI; c = MPI.COMM_WORLD; c.Barrier(); print(f'rank {c.rank} of {c.size}\\n', end='')"
     good = run_mpi(2, code)
     assert good.returncode == 0
     assert sorted(good.stdout.split("\n"))[-2:] == ["rank 0 of 2", "rank 1 of 2"]

@@ -79,7 +79,7 @@ print("gpu " + json.dumps(answer), flush=True)
 """
 
 _TRIAL = """
-import time
+import os, time
 from array import array
 from mpi4py import MPI
 comm = MPI.COMM_WORLD
@@ -95,7 +95,8 @@ for _ in range(5):
             comm.Recv(data, source=0); comm.Send(data, dest=0)
     best = min(best, time.perf_counter() - begin)
 if comm.rank == 0:
-    print("trial", comm.size, best, flush=True)
+    # One write: two strangers may both be rank 0, and their lines must not mix.
+    os.write(1, f"trial {comm.size} {best}\\n".encode())
 """
 
 
@@ -161,6 +162,10 @@ def collect(n_ranks: int, environ: Mapping[str, str] = os.environ, python: str =
         The interpreter that the ranks would run.
     """
     clean = clean_environment(environ)
+    # First of all: the launcher of the trial may make the folder, or leave something in it.
+    temporary = environ.get("TMPDIR") or tempfile.gettempdir()
+    temporary_error, temporary_free = examine_temporary(temporary)
+    stale = stale_sessions(temporary)
     library, library_error, launcher, launcher_error, trial = None, "", None, "", None
     try:
         library = find_library(python, clean)
@@ -175,8 +180,6 @@ def collect(n_ranks: int, environ: Mapping[str, str] = os.environ, python: str =
     gpus = find_gpus(environ)
     gpu = _ask(python, _GPU, "gpu", environ) if gpus else {}
     model, flags = cpu_description()
-    temporary = environ.get("TMPDIR") or tempfile.gettempdir()
-    temporary_error, temporary_free = examine_temporary(temporary)
     return Facts(
         n_ranks=n_ranks,
         environ=dict(environ),
@@ -205,7 +208,7 @@ def collect(n_ranks: int, environ: Mapping[str, str] = os.environ, python: str =
         temporary=temporary,
         temporary_error=temporary_error,
         temporary_free=temporary_free,
-        stale_sessions=stale_sessions(temporary),
+        stale_sessions=stale,
         host=socket.gethostname(),
         host_error=resolve_host(socket.gethostname()),
         ptrace_scope=_number_in(Path("/proc/sys/kernel/yama/ptrace_scope")),

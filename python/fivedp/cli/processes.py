@@ -8,11 +8,14 @@ Where there is no `/proc` the process group of the launcher has to do.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "FIVEDP_LAUNCH_MARK"
@@ -59,19 +62,38 @@ def end_launch(launcher: subprocess.Popen[bytes], mark: str, grace: float = 2.0)
 
     Returns when no process of the launch is left.
     """
-    if launcher.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            launcher.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(grace)
-    # A rank may be starting a child just now: look again until nothing is found.
-    for _ in range(50):
-        left = [pid for pid in marked(mark) if pid != os.getpid()]
+    seen = {pid for pid in marked(mark) if pid != os.getpid()}
+    with _adopting_orphans():
         if launcher.poll() is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(launcher.pid, signal.SIGKILL)
-        send(left, signal.SIGKILL)
-        if launcher.poll() is not None and not left:
-            return
-        time.sleep(0.02)
-    launcher.wait()
+            with contextlib.suppress(ProcessLookupError):
+                launcher.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(grace)
+        # A rank may be starting a child just now: look again until nothing is found.
+        for _ in range(50):
+            left = [pid for pid in marked(mark) if pid != os.getpid()]
+            seen.update(left)
+            if launcher.poll() is None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(launcher.pid, signal.SIGKILL)
+            send(left, signal.SIGKILL)
+            if launcher.poll() is not None and not left:
+                break
+            time.sleep(0.02)
+        launcher.wait()
+        for pid in seen - {launcher.pid}:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+@contextlib.contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Be the parent of descendants whose own has ended: process 1 of many containers never collects them."""
+    set_child_subreaper = 36
+    library = ctypes.CDLL(None)
+    supported = sys.platform == "linux" and library.prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        if supported:
+            library.prctl(set_child_subreaper, 0, 0, 0, 0)
