@@ -8,8 +8,9 @@ does not fold. Nothing is copied.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from fivedp.layout.shares import Box, local_slices
 from fivedp.layout.spec import ProductSpec
 
 Array = Any
-Part = tuple[Box, Array]
+Step = tuple[int, tuple[slice, ...] | None]
 
 
 def fold(view: Array, groups: Sequence[int]) -> Array | None:
@@ -39,6 +40,14 @@ def fold(view: Array, groups: Sequence[int]) -> Array | None:
     return view.reshape(shape)
 
 
+class Recipe(NamedTuple):
+    """Which views of which parts make up the operands of one product, and where its virtual shards end."""
+
+    a: list[Step]
+    b: list[Step]
+    cuts: list[int]
+
+
 class Contraction:
     """The arithmetic of one spec on one rank.
 
@@ -55,105 +64,128 @@ class Contraction:
         self, spec: ProductSpec, leaf_borders: dict[str, list[int]], k_ranges: dict[str, tuple[int, int]]
     ) -> None:
         self.spec = spec
-        tree = spec.tree_indices
-        self.k = tree + tuple(name for name in spec.k if name not in tree)
+        self.tree = spec.tree_indices
+        self.k = self.tree + tuple(name for name in spec.k if name not in self.tree)
         self.leaf_borders, self.k_ranges = leaf_borders, k_ranges
-        self._a_order = [spec.a.names.index(name) for name in spec.batch + spec.m + self.k if name in spec.a.names]
-        self._b_order = [spec.b.names.index(name) for name in spec.batch + self.k + spec.n]
-        self._c_order = [spec.c.names.index(name) for name in spec.batch + spec.m + spec.n]
+        self._a_order = _order(spec.a.names, spec.batch + spec.m + self.k)
+        self._b_order = _order(spec.b.names, spec.batch + self.k + spec.n)
+        self._c_order = _order(spec.c.names, spec.batch + spec.m + spec.n)
         # A result whose last dimension is one of m is computed transposed, so that the kernel writes along rows.
         self.transposed = bool(spec.c.names) and spec.c.names[-1] in spec.m
+        self.plain = (len(spec.batch), len(spec.m), len(spec.n), len(self.k)) == (0, 1, 1, 1)
+        self._recipes: dict[object, Recipe] = {}
 
-    def leaves(self, span: tuple[int, int]) -> list[dict[str, tuple[int, int]]]:
+    def recipe(
+        self, a_boxes: tuple[Box, ...], a_panel: Box, b_boxes: tuple[Box, ...], b_panel: Box, span: tuple[int, int]
+    ) -> Recipe:
+        """What to multiply for the leaves of `span`; worked out once for given boxes.
+
+        Parameters
+        ----------
+        a_boxes, b_boxes : tuple of Box
+            The boxes of the arrays at hand, in the order of the spec's dimensions.
+        a_panel, b_panel : Box
+            The boxes to read; within them the arrays may differ in summed indices only.
+        span : (int, int)
+            First leaf and number of leaves.
+        """
+        key = (a_boxes, a_panel, b_boxes, b_panel, span)
+        recipe = self._recipes.get(key)
+        if recipe is None:
+            leaves = self._leaves(span)
+            cuts = [0]
+            for leaf in leaves:
+                cuts.append(cuts[-1] + math.prod(max(0, leaf[name][1] - leaf[name][0]) for name in self.k))
+            blocks = self._blocks(leaves)
+            a_steps = [step for block in blocks for step in self._steps(a_boxes, a_panel, self.spec.a.names, block)]
+            b_steps = [step for block in blocks for step in self._steps(b_boxes, b_panel, self.spec.b.names, block)]
+            recipe = self._recipes[key] = Recipe(a_steps, b_steps, cuts)
+        return recipe
+
+    def _leaves(self, span: tuple[int, int]) -> list[dict[str, tuple[int, int]]]:
         """The ranges of the summed indices in each leaf of a subtree, in order."""
-        counts = [len(self.leaf_borders[name]) - 1 for name in self.spec.tree_indices]
+        counts = [len(self.leaf_borders[name]) - 1 for name in self.tree]
         found = []
         for leaf in range(span[0], span[0] + span[1]):
             ranges, rest = dict(self.k_ranges), leaf
-            for name, count in reversed(list(zip(self.spec.tree_indices, counts, strict=True))):
+            for name, count in reversed(list(zip(self.tree, counts, strict=True))):
                 rest, place = divmod(rest, count)
                 ranges[name] = (self.leaf_borders[name][place], self.leaf_borders[name][place + 1])
             found.append(ranges)
         return found
 
+    def _blocks(self, leaves: list[dict[str, tuple[int, int]]]) -> list[dict[str, tuple[int, int]]]:
+        """Neighbouring leaves as one block where only the first tree index differs: fewer, longer pieces."""
+        if len(self.tree) > 1 or not leaves:
+            return leaves
+        name = self.tree[0]
+        return [{**leaves[0], name: (leaves[0][name][0], leaves[-1][name][1])}]
+
+    def _steps(
+        self, boxes: Sequence[Box], panel: Box, names: tuple[str, ...], block: dict[str, tuple[int, int]]
+    ) -> list[Step]:
+        """(array, slices) of every piece of a block of the summed indices, in the order of the sum."""
+        found: list[Step] = []
+        cut_elsewhere = any(len({box[names.index(name)] for box in boxes}) > 1 for name in self.k[1:])
+        low, high = block[self.k[0]]
+        for step in [(i, i + 1) for i in range(low, high)] if cut_elsewhere else [(low, high)]:
+            ranges = {**block, self.k[0]: step}
+            window = tuple(ranges.get(name, extent) for name, extent in zip(names, panel, strict=True))
+            chosen = []
+            for number, box in enumerate(boxes):
+                inner = _cut_to(window, box, names, self.k)
+                if inner is not None:
+                    chosen.append((inner, number, None if inner == box else local_slices(inner, box)))
+            chosen.sort(key=lambda part: [part[0][names.index(name)] for name in self.k])
+            found += [(number, slices) for _, number, slices in chosen]
+        return found
+
     def multiply(
         self,
-        a_parts: Sequence[Part],
-        b_parts: Sequence[Part],
+        recipe: Recipe,
+        a_arrays: Sequence[Array],
+        b_arrays: Sequence[Array],
         c: Array,
-        span: tuple[int, int],
         *,
         alpha: complex = 1.0,
         beta: complex = 0.0,
         progress: Callable[[], object] | None = None,
     ) -> None:
-        """c = alpha * (sum over the leaves of `span`) + beta * c.
+        """c = alpha * (sum over the recipe's leaves) + beta * c.
 
         Parameters
         ----------
-        a_parts, b_parts : list of (box, array)
-            Parts of the operands, in the order of the spec's dimensions, that differ in summed indices only.
+        a_arrays, b_arrays : sequence of array
+            The arrays of the recipe's boxes.
         c : array
             The box of C to write, in the order of the spec's dimensions.
-        span : (int, int)
-            First leaf and number of leaves.
         """
-        spec = self.spec
-        leaves = self.leaves(span)
-        cuts = [0]
-        for leaf in leaves:
-            size = 1
-            for name in self.k:
-                size *= max(0, leaf[name][1] - leaf[name][0])
-            cuts.append(cuts[-1] + size)
-        a_pieces = [
-            view for leaf in self._blocks(leaves) for view in self._pieces(a_parts, spec.a.names, leaf, self._a_order)
-        ]
-        b_pieces = [
-            view for leaf in self._blocks(leaves) for view in self._pieces(b_parts, spec.b.names, leaf, self._b_order)
-        ]
-        c_view = c.transpose(self._c_order)
-        if not a_pieces:  # nothing to sum: K is 0, or this rank's leaves are empty
+        if not recipe.a:  # nothing to sum: K is 0, or this rank's leaves are empty
             c[...] = c * np.asarray(beta, dtype=c.dtype) if beta else 0
             return
-        self._run(a_pieces, b_pieces, c_view, cuts, alpha, beta, progress)
+        a = [a_arrays[number] if slices is None else a_arrays[number][slices] for number, slices in recipe.a]
+        b = [b_arrays[number] if slices is None else b_arrays[number][slices] for number, slices in recipe.b]
+        if self._a_order is not None:
+            a = [view.transpose(self._a_order) for view in a]
+        if self._b_order is not None:
+            b = [view.transpose(self._b_order) for view in b]
+        if self._c_order is not None:
+            c = c.transpose(self._c_order)
+        if self.plain:
+            if self.transposed:
+                a, b, c = [view.T for view in b], [view.T for view in a], c.T
+            gemm(a, b, c, cuts=recipe.cuts, alpha=alpha, beta=beta, progress=progress)
+            return
+        if len(self.k) > 1:
+            n_batch, n_m = len(self.spec.batch), len(self.spec.m)
+            a = [piece for view in a for piece in self._fold_k(view, n_batch + n_m)]
+            b = [piece for view in b for piece in self._fold_k(view, n_batch)]
+        self._run(a, b, c, recipe.cuts, alpha, beta, progress)
 
-    def _blocks(self, leaves: list[dict[str, tuple[int, int]]]) -> list[dict[str, tuple[int, int]]]:
-        """Neighbouring leaves as one block where only the first tree index differs: fewer, longer pieces."""
-        if len(self.spec.tree_indices) > 1 or not leaves:
-            return leaves
-        name = self.spec.tree_indices[0]
-        return [{**leaves[0], name: (leaves[0][name][0], leaves[-1][name][1])}]
-
-    def _pieces(
-        self, parts: Sequence[Part], names: tuple[str, ...], block: dict[str, tuple[int, int]], order: list[int]
-    ) -> list[Array]:
-        """Views of the parts within a block of the summed indices, k folded to one dimension, in order."""
-        found: list[Array] = []
-        first = names.index(self.k[0])
-        cut_elsewhere = any(len({box[names.index(name)] for box, _ in parts}) > 1 for name in self.k[1:])
-        low, high = block[self.k[0]]
-        steps = [(i, i + 1) for i in range(low, high)] if cut_elsewhere else [(low, high)]
-        for step in steps:
-            ranges = {**block, self.k[0]: step}
-            chosen = []
-            for box, array in parts:
-                window = tuple(ranges.get(name, extent) for name, extent in zip(names, box, strict=True))
-                inner = _cut_to(window, box, names, self.k)
-                if inner is not None:
-                    chosen.append((inner, array[local_slices(inner, box)]))
-            chosen.sort(key=lambda part: [part[0][names.index(name)] for name in self.k])
-            for _, view in chosen:
-                found += self._fold_k(view.transpose(order), names, order, first)
-        return found
-
-    def _fold_k(self, view: Array, names: tuple[str, ...], order: list[int], first: int) -> list[Array]:
+    def _fold_k(self, view: Array, start: int) -> list[Array]:
+        """Pieces of a view whose summed dimensions begin at `start`, each with one summed dimension."""
         n_k = len(self.k)
-        if n_k == 1:
-            return [view]
-        start = order.index(first)
-        groups = [1] * start + [n_k] + [1] * (view.ndim - start - n_k)
-        folded = fold(view, groups)
+        folded = fold(view, [1] * start + [n_k] + [1] * (view.ndim - start - n_k))
         if folded is not None:
             return [folded]
         # The outermost summed dimension does not fold into the others: one piece for each of its positions.
@@ -208,6 +240,12 @@ class Contraction:
             place_b = {"batch": 0, "n": len(spec.batch) + 1}.get(role)
             b_i = [v[(slice(None),) * place_b + (i,)] for v in b] if place_b is not None else b
             smaller._run(a_i, b_i, c[(slice(None),) * place_c + (i,)], cuts, alpha, beta, progress)
+
+
+def _order(names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int] | None:
+    """The permutation that brings dimensions `names` into the order `wanted`; None where they are in it."""
+    order = [names.index(name) for name in wanted if name in names]
+    return None if order == list(range(len(order))) else order
 
 
 def _without(spec: ProductSpec, name: str) -> ProductSpec:

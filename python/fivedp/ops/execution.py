@@ -16,7 +16,7 @@ from fivedp.comm.messages import Mailbox, Receipt
 from fivedp.layout.plan import Plan
 from fivedp.layout.schedule import Panel, Schedule
 from fivedp.layout.shares import Box, local_slices
-from fivedp.ops.contraction import Contraction, Part, add_tree
+from fivedp.ops.contraction import Contraction, Recipe, add_tree
 
 Array = Any
 _TAGS = {"A": 2, "B": 3, "C": 4, "replica": 5}
@@ -84,25 +84,18 @@ class Execution:
     def run(self, a: Array, b: Array, out: Array, alpha: complex, beta: complex, wire: Any, xp: Any, what: str) -> None:
         """Multiply: `out` (this rank's share of C) becomes alpha * A B + beta * C. Collective over the group."""
         if not self.moving and not self.moves_result:
-            for box in self.schedule.tiling.boxes:
-                self._multiply_whole(a, b, out, box, alpha, beta)
+            if self.schedule.tiling.boxes:
+                self.contraction.multiply(self._local_recipe, (a,), (b,), out, alpha=alpha, beta=beta)
             return
         _Run(self, a, b, out, alpha, beta, wire, Mailbox(self.group, what, xp), xp).go()
 
-    def _multiply_whole(self, a: Array, b: Array, out: Array, box: Box, alpha: complex, beta: complex) -> None:
-        parts_a, parts_b = [(self.owned["A"], a)], [(self.owned["B"], b)]
-        self.contraction.multiply(
-            self.cut_parts(parts_a, "A", 0), self.cut_parts(parts_b, "B", 0), out, self.spans[0], alpha=alpha, beta=beta
+    @cached_property
+    def _local_recipe(self) -> Recipe:
+        """The one product of a rank that needs nobody else."""
+        rank, plan, owned = self.group.index, self.plan, self.owned
+        return self.contraction.recipe(
+            (owned["A"],), plan.needed("A", rank), (owned["B"],), plan.needed("B", rank), self.spans[0]
         )
-
-    def cut_parts(self, parts: list[Part], tensor: str, stage: int) -> list[Part]:
-        """This rank's own share, cut to the panel that the tile of `stage` reads."""
-        tiling = self.schedule.tiling
-        panel = tiling.panels[tensor][tiling.panel_of[tensor][stage]]
-        (box, array), *_ = parts
-        if panel.box == box:
-            return parts
-        return [(panel.box, array[local_slices(panel.box, box)])]
 
 
 class _Run:
@@ -173,21 +166,22 @@ class _Run:
             for peer, slices in x._sends_by_stage[tensor][stage]:
                 mail.send(own[slices], peer, _TAGS[tensor], stage)
 
-    def _parts(self, tensor: str, stage: int) -> list[Part]:
-        """The parts of A or B that the tile of `stage` reads, arrived."""
+    def _parts(self, tensor: str, stage: int) -> tuple[tuple[Box, ...], Box, list[Array]]:
+        """(boxes, panel, arrays): the parts of A or B that the tile of `stage` reads, arrived."""
         x = self.x
+        tiling = x.schedule.tiling
+        number = tiling.panel_of[tensor][stage]
+        panel = tiling.panels[tensor][number]
         if tensor not in x.moving:
-            return x.cut_parts([(x.owned[tensor], self.inputs[tensor])], tensor, stage)
-        number = x.schedule.tiling.panel_of[tensor][stage]
+            return (x.owned[tensor],), panel.box, [self.inputs[tensor]]
         entries = self.panels[tensor, number]
         waiting = [part for _, part in entries if isinstance(part, Receipt) and part.requests]
         if waiting:
             self.mail.wait(waiting)
         if x._splits_elsewhere[tensor][number]:
-            entries = self.panels[tensor, number] = self._join(
-                x.schedule.tiling.panels[tensor][number], entries, tensor
-            )
-        return [(box, part.array if isinstance(part, Receipt) else part) for box, part in entries]
+            entries = self.panels[tensor, number] = self._join(panel, entries, tensor)
+        arrays = [part.array if isinstance(part, Receipt) else part for _, part in entries]
+        return tuple(box for box, _ in entries), panel.box, arrays
 
     def _join(
         self, panel: Panel, entries: list[tuple[Box, Array | Receipt]], tensor: str
@@ -216,16 +210,18 @@ class _Run:
     def _multiply(self, stage: int) -> None:
         x = self.x
         box = x.schedule.tiling.boxes[stage]
-        a, b = self._parts("A", stage), self._parts("B", stage)
+        a_boxes, a_panel, a = self._parts("A", stage)
+        b_boxes, b_panel, b = self._parts("B", stage)
+        recipes = [x.contraction.recipe(a_boxes, a_panel, b_boxes, b_panel, span) for span in x.spans]
         multiply = x.contraction.multiply
         if not x.moves_result:
             target = self.out[local_slices(box, x.owned["C"])]
-            multiply(a, b, target, x.spans[0], alpha=self.alpha, beta=self.beta, progress=self.progress)
+            multiply(recipes[0], a, b, target, alpha=self.alpha, beta=self.beta, progress=self.progress)
         else:
             partial = self._partial(stage, box)
             alpha = self.alpha if self.finished_at_source else 1.0
-            for plane, span in zip(partial, x.spans, strict=True):
-                multiply(a, b, plane, span, alpha=alpha, progress=self.progress)
+            for plane, recipe in zip(partial, recipes, strict=True):
+                multiply(recipe, a, b, plane, alpha=alpha, progress=self.progress)
             for message in x.schedule.result_sends[stage]:
                 inner = local_slices(message.box, box)
                 self.mail.send(partial[(slice(None), *inner)], message.peer, _TAGS["C"], stage)
