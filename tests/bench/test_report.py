@@ -76,7 +76,12 @@ class Terminal(io.StringIO):
         return True
 
 
+LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+
+
 def test_colour_and_progress_appear_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
@@ -84,6 +89,13 @@ def test_colour_and_progress_appear_on_a_terminal(monkeypatch: pytest.MonkeyPatc
     progress = report.Progress(3, terminal)
     progress.step("one")
     assert "1/3 one" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_terminal_that_a_launcher_made_is_none(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    """The parent of this test is no launcher with a terminal of that number, and a StringIO has no number at all."""
+    monkeypatch.setenv(launcher, "0")
+    assert not report.on_terminal(Terminal())
 
 
 def test_no_color_is_honoured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """Inputs made where they are used, from global indices.
 
 Element (i, j) of an operand is a hash of (seed, i, j), so each rank makes its own share, and a check makes again the
-rows and columns it wants, and no rank ever holds or sends the whole. Values are uniform in [-1, 1) on a grid of
-2^-23, exact in float32; 16-bit types round them. The hash is the finaliser of MurmurHash3 over a 32-bit mix of row
-and column keys.
+rows and columns it wants, and no rank ever holds or sends the whole. Values are uniform in [-1, 1) on a grid of 2^-23,
+exact in float32; 16-bit types round them, and float64 adds a second draw below, or its sums would have no rounding
+error to check. The hash is the finaliser of MurmurHash3 over a 32-bit mix of row and column keys.
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ def block(seed: int, rows: NDArray[Any] | range, columns: NDArray[Any] | range, 
     step = max(1, _CHUNK // max(1, len(column_keys)))
     for start in range(0, len(row_keys), step):
         bits = row_keys[start : start + step, None] ^ column_keys[None, :]
-        out[start : start + step] = _uniform(bits)
+        if dtype.itemsize < 8:
+            out[start : start + step] = _uniform(bits)
+        else:
+            fine = _uniform(bits * np.uint32(0x9E3779B1))
+            out[start : start + step] = _uniform(bits)
+            out[start : start + step] += 2.0**-24 * fine.astype(np.float64)
     return out
 
 

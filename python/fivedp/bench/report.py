@@ -91,11 +91,27 @@ def wrong(result: Result) -> list[Row]:
     return [row for row in result["rows"] if row.get("wrong")]
 
 
+def on_terminal(stream: TextIO) -> bool:
+    """Whether somebody watches `stream`.
+
+    Open MPI gives every rank a terminal of its own, also where mpirun's output goes to a file, so under a launcher the
+    launcher is asked: its stream of the same number must be a terminal.
+    """
+    if not stream.isatty():
+        return False
+    if not any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")):
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/{stream.fileno()}").startswith(("/dev/pts/", "/dev/tty"))
+    except (OSError, ValueError):
+        return False
+
+
 class Paint:
     """Bold, red and dim where the stream is a terminal and NO_COLOR is not set; plain text elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.terminal = stream.isatty()
+        self.terminal = on_terminal(stream)
         self.colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
     def _wrap(self, code: str, text: str) -> str:
@@ -241,7 +257,7 @@ class Progress:
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.total, self.done = total, 0
-        self.shown = self.stream.isatty()
+        self.shown = on_terminal(self.stream)
 
     def step(self, text: str) -> None:
         """Name the case that starts now."""
