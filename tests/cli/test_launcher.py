@@ -141,6 +141,14 @@ def test_crowded_open_mpi_is_allowed_and_yields() -> None:
     assert old.set_variables["OMPI_MCA_rmaps_base_oversubscribe"] == "true"
 
 
+def test_crowded_mpich_yields_unless_told_otherwise() -> None:
+    name = "MPIR_CVAR_ENABLE_HEAVY_YIELD"
+    assert plan_launch(8, ["x"], MPICH, SMALL, environ={}).set_variables[name] == "1"
+    assert name not in plan_launch(2, ["x"], MPICH, SMALL, environ={}).set_variables
+    chosen = {name: "0"}
+    assert plan_launch(8, ["x"], MPICH, SMALL, environ=chosen).environment(chosen)[name] == "0"
+
+
 def test_roomy_open_mpi_is_left_to_its_defaults() -> None:
     launch = plan_launch(16, ["x"], OPENMPI, LARGE, environ={}, threads=1)
     assert not [name for name in launch.set_variables if "MCA" in name]
