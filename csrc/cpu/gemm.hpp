@@ -1,118 +1,134 @@
-// One block of C: virtual shards, K blocks, panels, tiles.
+// One block of C: passes, strips, panels, tiles, chains.
 //
-//     for each virtual shard s, each K block of it:        # the order of the sum
-//         for each strip of rows of the block:             # packed A: half of the L2 cache
+//     for each pass:                                       # some chains of the sum: see cpu/sum_plan.hpp
+//         for each strip of rows of the block:             # packed A: a quarter of the L2 cache
 //             for each panel of columns:                   # packed B: half of the L1 cache, kept for the next strips
-//                 for each tile of rows:  microkernel
+//                 for each tile of rows:
+//                     for each chain of the pass: microkernel
 //
-// A block's tiles of open sums (scratch, `n_slots` levels) form a binary counter: when shard s ends, its sum takes up
-// as many open subtrees of equal size as s has trailing one bits, so eight shards are added as
-// ((s0+s1)+(s2+s3)) + ((s4+s5)+(s6+s7)). The last shard takes up all that are left, the smallest first. Only the store
-// of a shard's last K block does this, in registers; C is written once, by the last block of the last shard.
+// Sums that stay open between passes lie in slots of scratch, tile after tile in the order of their use. C is written
+// once, by the last chain.
 
-// Rows of A packed at a time: 256 KB, half of a 512 KB L2 cache.
+// Rows of A packed at a time: 128 KB.
 template <class E>
 static constexpr std::int64_t strip_rows =
-    (256 * 1024 / (k_block * (std::int64_t)sizeof(typename E::Unit) / E::unit_k)) / tile_rows* tile_rows;
+    128 * 1024 / (pass_units<E> * (std::int64_t)sizeof(typename E::Unit)) / tile_rows* tile_rows;
 
-// What one K block adds to and where it goes: the binary counter.
-struct BlockSum {
-    std::int64_t k_begin, k_end;
-    int n_open;  // levels to add, in the order of `open`
-    int open[max_tree_depth + 2];
-    int to;  // level to store to; -1: C
+template <class E>
+FIVEDP_INLINE void pack_pass_a(const GemmProblem& problem, const Pass& pass, std::int64_t batch, std::int64_t row,
+                               std::int64_t rows, typename E::Unit* to) {
+    if (pass.together) return pack_a<E>(problem.a, batch, row, rows, pass.k_begin, pass.k_end, to);
+    for (int i = 0; i < pass.n_chains; ++i)
+        pack_a<E>(problem.a, batch, row, rows, pass.chains[i].k_begin, pass.chains[i].k_end,
+                  to + pass.chains[i].unit_begin);
+}
+
+template <class E>
+FIVEDP_INLINE void pack_pass_b(const GemmProblem& problem, const Pass& pass, std::int64_t batch, std::int64_t column,
+                               std::int64_t columns, typename E::Unit* to) {
+    if (pass.together) return pack_b<E>(problem.b, batch, column, columns, pass.k_begin, pass.k_end, to);
+    for (int i = 0; i < pass.n_chains; ++i)
+        pack_b<E>(problem.b, batch, column, columns, pass.chains[i].k_begin, pass.chains[i].k_end,
+                  to + pass.chains[i].unit_begin * tile_columns<typename E::Acc>);
+}
+
+// Where the sums of one pass's chains begin and end.
+template <class Acc>
+struct ChainSums {
+    OpenSums<Acc> open;
+    Acc* to;  // the slot; for the end of the sum, the tile beside
+    std::int64_t mask;
 };
-
-FIVEDP_INLINE int count_ones(std::int64_t value) {
-    int ones = 0;
-    for (; value != 0; value &= value - 1) ++ones;
-    return ones;
-}
-
-FIVEDP_INLINE std::int64_t blocks_of_shard(const GemmProblem& problem, std::int64_t shard) {
-    const std::int64_t length = problem.cuts[shard + 1] - problem.cuts[shard];
-    return length > k_block ? (length + k_block - 1) / k_block : 1;  // an empty shard still adds +0
-}
-
-FIVEDP_INLINE BlockSum block_sum(const GemmProblem& problem, std::int64_t shard, std::int64_t block) {
-    BlockSum sum;
-    sum.k_begin = problem.cuts[shard] + block * k_block;
-    sum.k_end = sum.k_begin + k_block < problem.cuts[shard + 1] ? sum.k_begin + k_block : problem.cuts[shard + 1];
-    sum.n_open = 0;
-    const int depth = count_ones(shard);  // open subtrees so far
-    if (block > 0) sum.open[sum.n_open++] = depth;
-    sum.to = depth;
-    if (block + 1 == blocks_of_shard(problem, shard)) {
-        const bool last = shard + 1 == problem.n_shards;
-        int left = depth;
-        for (std::int64_t bits = shard; left > 0 && (last || (bits & 1) != 0); bits >>= 1)
-            sum.open[sum.n_open++] = --left;
-        sum.to = last ? -1 : left;
-    }
-    return sum;
-}
 
 template <class E>
 FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& range, char* scratch, const Poll& poll) {
     using Acc = typename E::Acc;
     using Unit = typename E::Unit;
-    constexpr std::int64_t columns_per_tile = tile_columns<Acc>, tile_size = tile_rows * columns_per_tile;
+    constexpr std::int64_t width = tile_columns<Acc>, tile_size = tile_rows * width;
+    constexpr std::int64_t size = sizeof(typename E::Source);
     const std::int64_t rows = range.m_end - range.m_begin, columns = range.n_end - range.n_begin;
-    const std::int64_t tiles_m = (rows + tile_rows - 1) / tile_rows;
-    const std::int64_t tiles_n = (columns + columns_per_tile - 1) / columns_per_tile;
-    const std::int64_t level_size = tiles_m * tiles_n * tile_size;
-    Acc* const levels = (Acc*)scratch;
-    Unit* const packed_b = (Unit*)(levels + problem.n_slots * level_size);
-    Unit* const packed_a = packed_b + tiles_n * columns_per_tile * block_units<E>;
+    const std::int64_t tiles_m = (rows + tile_rows - 1) / tile_rows, tiles_n = (columns + width - 1) / width;
+    const std::int64_t slot_size = tiles_m * tiles_n * tile_size;
+    // Scratch: the tile and its local slots, the slots, B's panels, a strip of A.
+    Acc* const tile = (Acc*)scratch;
+    Acc* const slots = tile + (1 + problem.n_local_slots) * tile_size;
+    Unit* const packed_b = (Unit*)(slots + problem.n_slots * slot_size);
+    Unit* const packed_a = packed_b + tiles_n * width * pass_units<E>;
     const Microkernel<E> full_tile = microkernel_for<E>(tile_rows);
+    const auto slot_of = [&](std::int8_t name) {
+        return name >= 0 ? slots + name * slot_size
+                         : tile + (name == to_c ? 0 : 1 + first_local_slot - name) * tile_size;
+    };
+    ChainSums<Acc> sums[max_chains_per_pass];
 
-    for (std::int64_t shard = 0; shard < problem.n_shards; ++shard) {
-        const std::int64_t n_blocks = blocks_of_shard(problem, shard);
-        for (std::int64_t block = 0; block < n_blocks; ++block) {
-            const BlockSum sum = block_sum(problem, shard, block);
-            const std::int64_t units = (sum.k_end - sum.k_begin + E::unit_k - 1) / E::unit_k;
-            OpenSums<Acc> open;
-            open.count = sum.n_open;
-            for (int i = 0; i < sum.n_open; ++i) open.level[i] = levels + sum.open[i] * level_size;
-            Acc* const to = levels + (sum.to > 0 ? sum.to : 0) * level_size;
-
-            for (std::int64_t strip = 0; strip < rows; strip += strip_rows<E>) {
-                const std::int64_t strip_end = strip + strip_rows<E> < rows ? strip + strip_rows<E> : rows;
-                pack_a<E>(problem.a, range.batch, range.m_begin + strip, strip_end - strip, sum.k_begin, sum.k_end,
-                          packed_a);
-                for (std::int64_t panel = 0; panel < tiles_n; ++panel) {
-                    const std::int64_t column = panel * columns_per_tile;
-                    const std::int64_t n_columns =
-                        columns - column < columns_per_tile ? columns - column : columns_per_tile;
-                    Unit* const b_panel = packed_b + column * block_units<E>;
-                    // Packed just before its first use, so it is still in the L1 cache.
-                    if (strip == 0)
-                        pack_b<E>(problem.b, range.batch, range.n_begin + column, n_columns, sum.k_begin, sum.k_end,
-                                  b_panel);
-                    for (std::int64_t row = strip; row < strip_end; row += tile_rows) {
-                        const std::int64_t n_rows = strip_end - row < tile_rows ? strip_end - row : tile_rows;
-                        const Microkernel<E> multiply =
-                            n_rows == tile_rows ? full_tile : microkernel_for<E>((int)n_rows);
-                        const std::int64_t offset = (panel * tiles_m + row / tile_rows) * tile_size;
-                        const Unit* const a_rows = packed_a + (row - strip) * block_units<E>;
-                        if (sum.to >= 0) {
-                            multiply(a_rows, b_panel, units, open, offset, to + offset);
-                            continue;
-                        }
-                        alignas(64) Acc tile[tile_size];
-                        char* const c = problem.c.data + range.batch * problem.c.batch_stride +
-                                        (range.m_begin + row) * problem.c.row_stride +
-                                        (range.n_begin + column) * problem.c.col_stride;
-                        for (std::int64_t r = 0; r < n_rows; ++r) __builtin_prefetch(c + r * problem.c.row_stride, 1);
-                        multiply(a_rows, b_panel, units, open, offset, tile);
-                        for (std::int64_t r = 0; r < n_rows; ++r)
-                            finish_row_as<Acc>(problem.c.type, tile + r * columns_per_tile,
-                                               c + r * problem.c.row_stride, problem.c.col_stride, n_columns,
-                                               problem.alpha, problem.beta);
-                    }
-                }
-                if (!poll.call(poll.context)) return false;
+    for (std::int64_t p = 0; p < problem.n_passes; ++p) {
+        const Pass& pass = problem.passes[p];
+        for (int i = 0; i < pass.n_chains; ++i) {
+            const Chain& chain = pass.chains[i];
+            sums[i].open.count = chain.n_open;
+            for (int j = 0; j < chain.n_open; ++j) {
+                sums[i].open.slot[j] = slot_of(chain.open[j]);
+                sums[i].open.mask[j] = chain.open[j] >= 0 ? -1 : 0;
             }
+            sums[i].to = slot_of(chain.to);
+            sums[i].mask = chain.to >= 0 ? -1 : 0;
+        }
+        const bool last_pass = p + 1 == problem.n_passes;
+
+        for (std::int64_t strip = 0; strip < rows; strip += strip_rows<E>) {
+            const std::int64_t strip_end = strip + strip_rows<E> < rows ? strip + strip_rows<E> : rows;
+            const std::int64_t strip_tiles = (strip_end - strip + tile_rows - 1) / tile_rows;
+            pack_pass_a<E>(problem, pass, range.batch, range.m_begin + strip, strip_end - strip, packed_a);
+            // Fetch the strip that comes next while this one is multiplied.
+            Ahead next_a = {nullptr, 0, 0, 0, 0};
+            if (strip_end < rows) {
+                const std::int64_t next_rows = rows - strip_end < strip_rows<E> ? rows - strip_end : strip_rows<E>;
+                next_a = ahead_of(problem.a, size, range.batch, range.m_begin + strip_end, next_rows, pass.k_begin,
+                                  pass.k_end);
+            } else if (!last_pass) {
+                next_a =
+                    ahead_of(problem.a, size, range.batch, range.m_begin, rows < strip_rows<E> ? rows : strip_rows<E>,
+                             problem.passes[p + 1].k_begin, problem.passes[p + 1].k_end);
+            }
+            const std::int64_t a_lines = lines(next_a) / (strip_tiles * tiles_n) + 1;
+
+            for (std::int64_t panel = 0; panel < tiles_n; ++panel) {
+                const std::int64_t column = panel * width;
+                const std::int64_t n_columns = columns - column < width ? columns - column : width;
+                Unit* const b_panel = packed_b + column * pass_units<E>;
+                Ahead next_b = {nullptr, 0, 0, 0, 0};
+                // Packed just before its first use, so it is still in the L1 cache.
+                if (strip == 0) {
+                    pack_pass_b<E>(problem, pass, range.batch, range.n_begin + column, n_columns, b_panel);
+                    if (panel + 1 < tiles_n)
+                        next_b = ahead_of(problem.b, size, range.batch, range.n_begin + column + width,
+                                          columns - column - width < width ? columns - column - width : width,
+                                          pass.k_begin, pass.k_end);
+                }
+                const std::int64_t b_lines = lines(next_b) / strip_tiles + 1;
+
+                for (std::int64_t row = strip; row < strip_end; row += tile_rows) {
+                    const std::int64_t n_rows = strip_end - row < tile_rows ? strip_end - row : tile_rows;
+                    const Microkernel<E> multiply = n_rows == tile_rows ? full_tile : microkernel_for<E>((int)n_rows);
+                    const std::int64_t offset = (panel * tiles_m + row / tile_rows) * tile_size;
+                    const Unit* const a_rows = packed_a + (row - strip) * pass_units<E>;
+                    fetch(next_a, a_lines);
+                    fetch(next_b, b_lines);
+                    char* const c = problem.c.data + range.batch * problem.c.batch_stride +
+                                    (range.m_begin + row) * problem.c.row_stride +
+                                    (range.n_begin + column) * problem.c.col_stride;
+                    if (last_pass)
+                        for (std::int64_t r = 0; r < n_rows; ++r) __builtin_prefetch(c + r * problem.c.row_stride, 1);
+                    for (int i = 0; i < pass.n_chains; ++i)
+                        multiply(a_rows + pass.chains[i].unit_begin, b_panel + pass.chains[i].unit_begin * width,
+                                 pass.chains[i].units, sums[i].open, offset, sums[i].to + (offset & sums[i].mask));
+                    if (last_pass)
+                        for (std::int64_t r = 0; r < n_rows; ++r)
+                            finish_row_as<Acc>(problem.c.type, tile + r * width, c + r * problem.c.row_stride,
+                                               problem.c.col_stride, n_columns, problem.alpha, problem.beta);
+                }
+            }
+            if (!poll.call(poll.context)) return false;
         }
     }
     return true;

@@ -11,6 +11,7 @@
 #include "common/check.hpp"
 #include "common/thread_pool.hpp"
 #include "cpu/dispatch.hpp"
+#include "cpu/sum_plan.hpp"
 
 namespace fivedp {
 namespace {
@@ -24,6 +25,7 @@ constexpr double smallest_parallel_product = 1 << 20;
 
 // Bytes of scratch per thread: open sums, one K block of B's panels and one strip of A.
 constexpr std::int64_t scratch_limit = 5 * 1024 * 1024;
+constexpr std::int64_t widest_block = 1024, highest_block = 1024;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
@@ -47,63 +49,65 @@ char* scratch(std::int64_t bytes) {
     return buffer.get();
 }
 
-std::int64_t scratch_bytes(const GemmProblem& problem, const GemmKernel& kernel) {
-    const std::int64_t block_m = round_up(problem.block_m, kernel.tile_m),
-                       block_n = round_up(problem.block_n, kernel.tile_n);
-    const std::int64_t strip = std::min<std::int64_t>(block_m * kernel.units_per_block * kernel.unit_size, 256 * 1024);
-    return problem.n_slots * block_m * block_n * kernel.accumulator_size +
-           block_n * kernel.units_per_block * kernel.unit_size + strip;
+// Bytes of a block besides its slots, and with them.
+std::int64_t fixed_bytes(const GemmProblem& problem, const GemmKernel& kernel, std::int64_t block_m,
+                         std::int64_t block_n) {
+    const std::int64_t panel_bytes = kernel.pass_units * kernel.unit_size;
+    return (1 + problem.n_local_slots) * kernel.tile_m * kernel.tile_n * kernel.accumulator_size +
+           round_up(block_n, kernel.tile_n) * panel_bytes +
+           std::min(round_up(block_m, kernel.tile_m), kernel.strip_rows) * panel_bytes;
+}
+std::int64_t slot_bytes(const GemmKernel& kernel, std::int64_t block_m, std::int64_t block_n) {
+    return round_up(block_m, kernel.tile_m) * round_up(block_n, kernel.tile_n) * kernel.accumulator_size;
 }
 
-int count_ones(std::int64_t value) {
-    int ones = 0;
-    for (; value != 0; value &= value - 1) ++ones;
-    return ones;
+// Few rows, and every piece of B contiguous along n.
+bool can_stream(const GemmRequest& request, const GemmKernel& kernel) {
+    if (request.m > kernel.stream_rows || request.n < 4 * kernel.tile_n) return false;
+    const std::int64_t size = request.type == ElementType::f64 ? 8 : request.type == ElementType::f32 ? 4 : 2;
+    for (std::int64_t p = 0; p < request.problem.b.n_pieces; ++p)
+        if (request.problem.b.pieces[p].outer_stride != size) return false;
+    return true;
 }
 
-// Levels of scratch that the binary counter over these shards can need (see cpu/gemm.hpp).
-int slots(const GemmProblem& problem) {
-    int needed = 0;
-    for (std::int64_t shard = 0; shard < problem.n_shards; ++shard) {
-        const bool kept_open = problem.cuts[shard + 1] - problem.cuts[shard] > k_block;
-        const bool stored = shard + 1 < problem.n_shards;
-        needed = std::max(needed, count_ones(shard) + (kept_open ? 1 : 0));
-        if (stored) needed = std::max(needed, count_ones(shard + 1));
-    }
-    return needed;
-}
-
-// Sizes of a C block: as large as the scratch allows, even, and a few per thread.
-void plan(GemmRequest& request, const GemmKernel& kernel, int threads) {
+// Sizes of a C block, and the bytes of scratch that one needs.
+std::int64_t plan_blocks(GemmRequest& request, const GemmKernel& kernel, int threads) {
     GemmProblem& problem = request.problem;
-    problem.n_slots = slots(problem);
-    problem.stream = false;
-    const std::int64_t m = request.m, n = request.n;
-    std::int64_t wide = 1024;
-    const std::int64_t fixed = 256 * 1024;
-    std::int64_t tall = 0;
-    for (;; wide /= 2) {
-        const std::int64_t panels = wide * kernel.units_per_block * kernel.unit_size;
-        tall = (scratch_limit - fixed - panels) / (std::max(problem.n_slots, 1) * wide * kernel.accumulator_size);
-        if (tall >= wide / 2 || wide <= 64) break;
+    const std::int64_t m = request.m, n = request.n, batch = problem.c.batch;
+    problem.stream = can_stream(request, kernel);
+    if (problem.stream) {
+        // A strip's sums in half of the L1 cache; several strips a thread, but none so short that B is read in bits.
+        const std::int64_t fits = 16 * 1024 / (m * kernel.accumulator_size);
+        const std::int64_t fair = threads > 1 ? std::max<std::int64_t>(ceil_div(n * batch, 4 * threads), 256) : n;
+        problem.block_m = m;
+        problem.block_n = round_up(std::min({fits, fair, n}), kernel.tile_n);
+        return (1 + problem.n_local_slots + problem.n_slots) * m * problem.block_n * kernel.accumulator_size +
+               m * kernel.pass_units * kernel.unit_size;
     }
-    tall = std::clamp<std::int64_t>(tall / kernel.tile_m * kernel.tile_m, kernel.tile_m,
-                                    1024 / kernel.tile_m * kernel.tile_m);
+    // B's panels and the slots of a block as high as wide share the scratch.
+    std::int64_t wide = widest_block, tall = 0;
+    for (;; wide /= 2) {
+        tall = (scratch_limit - fixed_bytes(problem, kernel, highest_block, wide)) /
+               (std::max(problem.n_slots, 1) * wide * kernel.accumulator_size);
+        if (tall >= wide || wide <= 4 * kernel.tile_n) break;
+    }
+    tall = std::min(tall, highest_block) / kernel.tile_m * kernel.tile_m;
     std::int64_t blocks_m = ceil_div(m, tall), blocks_n = ceil_div(n, wide);
-    if (threads > 1) {
-        const std::int64_t wanted = threads;
-        while (problem.c.batch * blocks_m * blocks_n % wanted != 0 &&
-               problem.c.batch * blocks_m * blocks_n < 4 * wanted) {
-            if (ceil_div(m, blocks_m) >= ceil_div(n, blocks_n) && ceil_div(m, blocks_m + 1) >= kernel.tile_m)
-                ++blocks_m;
-            else if (ceil_div(n, blocks_n + 1) >= kernel.tile_n)
-                ++blocks_n;
-            else
-                break;
-        }
+    // Deal evenly: cut on until the threads get equally many blocks, or so many that it matters little.
+    const auto uneven = [&] { return batch * blocks_m * blocks_n % threads != 0; };
+    while (threads > 1 && uneven() && batch * blocks_m * blocks_n < 4 * threads) {
+        const bool cut_m = ceil_div(m, blocks_m) >= ceil_div(n, blocks_n);
+        if (cut_m && ceil_div(m, blocks_m + 1) >= kernel.tile_m)
+            ++blocks_m;
+        else if (ceil_div(n, blocks_n + 1) >= kernel.tile_n)
+            ++blocks_n;
+        else
+            break;
     }
     problem.block_m = round_up(ceil_div(m, blocks_m), kernel.tile_m);
     problem.block_n = round_up(ceil_div(n, blocks_n), kernel.tile_n);
+    return fixed_bytes(problem, kernel, problem.block_m, problem.block_n) +
+           problem.n_slots * slot_bytes(kernel, problem.block_m, problem.block_n);
 }
 
 // The same product transposed: C^T = B^T A^T. Each element is the same chain of the same products.
@@ -129,13 +133,19 @@ void run_gemm(GemmRequest request, const std::function<bool()>& progress) {
     const bool narrow = request.n < kernel.tile_n && request.m > request.n;
     if ((column_major && request.m >= kernel.tile_n) || narrow) transpose(request);
 
+    thread_local SumPlan sum_plan;  // kept: a small product does not allocate
+    plan_sum(request.cuts, request.n_shards, kernel.unit_k, kernel.pass_units, sum_plan);
+    request.problem.passes = sum_plan.passes.data();
+    request.problem.n_passes = static_cast<std::int64_t>(sum_plan.passes.size());
+    request.problem.n_slots = sum_plan.n_slots;
+    request.problem.n_local_slots = sum_plan.n_local_slots;
+
     const GemmProblem& problem = request.problem;
     const double work = static_cast<double>(request.m) * request.n * (problem.k + 1) * problem.c.batch;
     const int threads = work < smallest_parallel_product ? 1 : thread_count();
-    plan(request, kernel, threads);
+    const std::int64_t bytes = plan_blocks(request, kernel, threads);
     const std::int64_t blocks_m = ceil_div(request.m, problem.block_m), blocks_n = ceil_div(request.n, problem.block_n);
     const std::int64_t n_blocks = blocks_m * blocks_n * problem.c.batch;
-    const std::int64_t bytes = scratch_bytes(problem, kernel);
 
     std::atomic<std::int64_t> next{0};
     std::atomic<bool> stop{false}, out_of_memory{false};
@@ -176,7 +186,7 @@ void run_gemm(GemmRequest request, const std::function<bool()>& progress) {
             range.m_end = std::min(range.m_begin + problem.block_m, request.m);
             range.n_begin = in_batch % blocks_n * problem.block_n;
             range.n_end = std::min(range.n_begin + problem.block_n, request.n);
-            if (!kernel.block(problem, range, memory, poll)) return;
+            if (!(problem.stream ? kernel.stream_block : kernel.block)(problem, range, memory, poll)) return;
         }
     };
     if (threads <= 1 || n_blocks == 1) {

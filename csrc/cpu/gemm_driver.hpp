@@ -10,6 +10,8 @@ namespace fivedp {
 struct GemmRequest {
     ElementType type;  // of A and B
     std::int64_t m, n;
+    const std::int64_t* cuts;  // n_shards + 1 borders of the virtual shards, the first 0 and the last k
+    std::int64_t n_shards;
     GemmProblem problem;  // the plan's fields are filled in by run_gemm
 };
 

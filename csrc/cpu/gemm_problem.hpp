@@ -7,11 +7,34 @@
 
 namespace fivedp {
 
-// K blocks of every kernel. Part of the promise on bits: a virtual shard is summed in blocks of this many k, counted
+// K blocks of every kernel. Part of the promise on bits: a virtual shard is summed in chains of this many k, counted
 // from its start. 256 x 16 floats of B (16 KB) lie in half of the smallest L1 cache. Must be even (bf16 pairs).
 constexpr std::int64_t k_block = 256;
 
-constexpr int max_tree_depth = 64;
+constexpr int max_tree_depth = 60;       // open subtrees of 2^60 shards
+constexpr int max_chains_per_pass = 16;  // more give nothing, and the plan stays small
+
+// Names of slots: 0, 1, ... lie in scratch; first_local_slot - i is the local slot i.
+constexpr std::int8_t to_c = -1;  // not a slot: the end of the sum
+constexpr std::int8_t first_local_slot = -2;
+
+// One chain of fused multiply-adds from +0 in rising k; then the open sums are added, in this order, and the result is
+// stored to a slot or, finished, to C. See cpu/sum_plan.hpp.
+struct Chain {
+    std::int64_t k_begin, k_end;
+    std::int64_t unit_begin, units;  // where it lies in the packed panels of its pass
+    int n_open;
+    std::int8_t open[max_tree_depth + 2];
+    std::int8_t to;
+};
+
+// Chains that are packed together.
+struct Pass {
+    const Chain* chains;
+    int n_chains;
+    std::int64_t k_begin, k_end, units;
+    bool together;  // no chain but the last has a half-filled unit
+};
 
 // One piece of an operand: k_begin <= k < k_end of the whole; `outer` is m for A and n for B. Strides in bytes.
 struct Piece {
@@ -29,11 +52,11 @@ struct GemmProblem {
     Operand a, b;
     ArrayView c;
     std::int64_t k;
-    const std::int64_t* cuts;  // n_shards + 1 borders, the first 0 and the last k
-    std::int64_t n_shards;
     double alpha, beta;
     // The plan:
-    int n_slots;                    // tiles of scratch per tile of C: open subtrees and the current shard
+    const Pass* passes;
+    std::int64_t n_passes;
+    int n_slots, n_local_slots;
     bool stream;                    // few rows: read B where it lies instead of packing it
     std::int64_t block_m, block_n;  // sizes of a C block
 };
@@ -51,10 +74,14 @@ struct BlockRange {
 // One way to multiply one element type on one instruction set.
 struct GemmKernel {
     int tile_m, tile_n;
+    int unit_k;                     // k in a packed unit: 2 where pairs of bf16 are multiplied, else 1
+    std::int64_t unit_size;         // bytes of a packed unit
+    std::int64_t pass_units;        // units that a packed row or panel has room for
     std::int64_t accumulator_size;  // bytes of one element of a partial sum
-    std::int64_t unit_size;         // bytes of one packed unit (a number, or a pair of bf16)
-    std::int64_t units_per_block;   // packed units in a K block
+    std::int64_t strip_rows;        // rows of A packed at a time
+    std::int64_t stream_rows;       // products of so few rows stream B
     bool (*block)(const GemmProblem& problem, const BlockRange& range, char* scratch, const Poll& poll);
+    bool (*stream_block)(const GemmProblem& problem, const BlockRange& range, char* scratch, const Poll& poll);
 };
 
 struct TreeSumProblem {

@@ -17,6 +17,11 @@
 
 #include "cpu/gemm_problem.hpp"
 
+// Room for k in a packed row or panel.
+#ifndef FIVEDP_PASS_K
+#define FIVEDP_PASS_K 256
+#endif
+
 namespace fivedp {
 namespace FIVEDP_ISA {
 namespace {
@@ -33,9 +38,16 @@ namespace {
 
 template <class E>
 constexpr GemmKernel gemm_kernel() {
-    return {
-        tile_rows,     tile_columns<typename E::Acc>, sizeof(typename E::Acc), sizeof(typename E::Unit), block_units<E>,
-        &gemm_block<E>};
+    return {tile_rows,
+            tile_columns<typename E::Acc>,
+            E::unit_k,
+            sizeof(typename E::Unit),
+            pass_units<E>,
+            sizeof(typename E::Acc),
+            strip_rows<E>,
+            8,  // beyond 8 rows packing B costs less than reading its sums again and again
+            &gemm_block<E>,
+            &stream_block<E>};
 }
 
 #ifdef FIVEDP_BF16_PAIRS

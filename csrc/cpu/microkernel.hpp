@@ -1,8 +1,8 @@
-// The innermost loop: a tile of C, `rows` x (2 vectors), summed over one K block in registers.
+// The innermost loop: a tile of C, `rows` x (2 vectors), summed over one chain in registers.
 //
 //     tile = 0;  for k: tile += A[:, k] (outer product) B[k, :];  tile += open subtrees;  store
 //
-// A lies as rows of one K block each (so a row-major A is packed by copying), B as one panel of 2 vectors per k.
+// A lies as rows along k (so a row-major A is packed by copying), B as one panel of 2 vectors per k.
 // Each element is one chain of fused multiply-adds in increasing k that starts from +0, in every instruction set.
 // An engine says what a packed unit is: a number, or a pair of bfloat16 that one instruction multiplies and adds.
 
@@ -32,7 +32,7 @@ struct Bf16WidenedEngine : F32Engine {
 };
 
 #ifdef FIVEDP_BF16_PAIRS
-// Pairs (k, k + 1) counted from the start of the K block; an odd end is filled with zero.
+// Pairs (k, k + 1) counted from the start of the chain; an odd end is filled with zero.
 struct Bf16PairsEngine {
     using Source = std::uint16_t;
     using Unit = std::uint32_t;
@@ -53,14 +53,17 @@ struct Bf16PairsEngine {
 template <class Acc>
 static constexpr int tile_columns = tile_vectors* lanes<Acc>;
 
+// Units of a packed row of A or panel of B, full or not.
 template <class E>
-static constexpr int block_units = static_cast<int>(k_block) / E::unit_k;
+static constexpr int pass_units = static_cast<int>(FIVEDP_PASS_K) / E::unit_k;
 
-// The tiles to add to a block's sum, in this order; all tiles of one level lie one after the other.
+// The tiles to add to a chain's sum, in this order. A slot in scratch holds all tiles one after the other, a local
+// slot only the current one (mask 0).
 template <class Acc>
 struct OpenSums {
     int count;
-    const Acc* level[max_tree_depth + 2];
+    const Acc* slot[max_tree_depth + 2];
+    std::int64_t mask[max_tree_depth + 2];
 };
 
 template <class E, int rows>
@@ -74,7 +77,10 @@ FIVEDP_NOINLINE void microkernel(const typename E::Unit* __restrict__ a, const t
 
     for (int i = 0; i < open.count; ++i)
         for (int line = 0; line < rows * tile_columns<Acc> * (int)sizeof(Acc); line += 64)
-            __builtin_prefetch((const char*)(open.level[i] + offset) + line);
+            __builtin_prefetch((const char*)(open.slot[i] + (offset & open.mask[i])) + line);
+
+    for (int line = 0; line < rows * tile_columns<Acc> * (int)sizeof(Acc); line += 64)
+        __builtin_prefetch((const char*)to + line, 1);
 
     V sum[rows][tile_vectors];
 #pragma GCC unroll 16
@@ -89,14 +95,14 @@ FIVEDP_NOINLINE void microkernel(const typename E::Unit* __restrict__ a, const t
         for (int v = 0; v < tile_vectors; ++v) b_row[v] = load<Vec<Unit>>(b + k * tile_columns<Acc> + v * width);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-            const Vec<Unit> a_rk = broadcast<Unit>(a[r * block_units<E> + k]);
+            const Vec<Unit> a_rk = broadcast<Unit>(a[r * pass_units<E> + k]);
 #pragma GCC unroll 4
             for (int v = 0; v < tile_vectors; ++v) sum[r][v] = E::multiply_add(a_rk, b_row[v], sum[r][v]);
         }
     }
 
     for (int i = 0; i < open.count; ++i) {
-        const Acc* from = open.level[i] + offset;
+        const Acc* from = open.slot[i] + (offset & open.mask[i]);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4

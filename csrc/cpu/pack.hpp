@@ -1,7 +1,7 @@
-// Packing: the pieces of A and B that one K block needs, joined, widened and laid out for the microkernel.
+// Packing: the pieces of A and B that some chains need, joined, widened and laid out for the microkernel.
 //
-//     A: rows of one K block,          to[r * block_units + k]
-//     B: panels of tile_columns,       to[k * tile_columns + j], filled up with zero columns
+//     A: rows along k,             to[r * pass_units + k]
+//     B: panels of tile_columns,   to[k * tile_columns + j], filled up with zero columns
 //
 // Three ways, by the source's strides: contiguous along the packed direction (copy), contiguous across it (transposed
 // in registers, 8 x 8), or any strides (element by element). Sources are read where they lie and may be unaligned.
@@ -103,7 +103,7 @@ FIVEDP_INLINE void transpose(const char* from, std::int64_t from_row, std::int64
     transpose_any<T, Source>(from, from_row, size, rows, columns, to, to_stride);
 }
 
-// The part of a piece that lies in a K block.
+// The part of a piece that lies between two k.
 struct Overlap {
     std::int64_t begin, end;
 };
@@ -118,6 +118,7 @@ FIVEDP_NOINLINE void pack_a(const Operand& a, std::int64_t batch, std::int64_t r
     using Source = typename E::Source;
     // A pair of bf16 is stored as it lies in memory, so the packed rows are rows of Source there.
     using Stored = std::conditional_t<E::unit_k == 2, Source, typename E::Unit>;
+    constexpr std::int64_t row_length = FIVEDP_PASS_K;
     Stored* const rows_of_a = (Stored*)to;
     for (std::int64_t p = 0; p < a.n_pieces; ++p) {
         const Piece& piece = a.pieces[p];
@@ -130,31 +131,38 @@ FIVEDP_NOINLINE void pack_a(const Operand& a, std::int64_t batch, std::int64_t r
         if (piece.k_stride == (std::int64_t)sizeof(Source)) {
             for (std::int64_t r = 0; r < rows; ++r) {
                 const char* row = from + r * piece.outer_stride;
-                Stored* row_to = into + r * k_block;
+                Stored* row_to = into + r * row_length;
                 for (std::int64_t k = 0; k < count; ++k)
                     row_to[k] = element<Stored, Source>(row + k * (std::int64_t)sizeof(Source));
             }
         } else if (piece.outer_stride == (std::int64_t)sizeof(Source)) {
-            transpose<Stored, Source>(from, piece.k_stride, count, rows, into, k_block);
+            transpose<Stored, Source>(from, piece.k_stride, count, rows, into, row_length);
         } else {
-            transpose_any<Stored, Source>(from, piece.k_stride, piece.outer_stride, count, rows, into, k_block);
+            transpose_any<Stored, Source>(from, piece.k_stride, piece.outer_stride, count, rows, into, row_length);
         }
     }
     if constexpr (E::unit_k == 2) {
         if ((k_end - k_begin) % 2 != 0)
-            for (std::int64_t r = 0; r < rows; ++r) rows_of_a[r * k_block + (k_end - k_begin)] = 0;
+            for (std::int64_t r = 0; r < rows; ++r) rows_of_a[r * row_length + (k_end - k_begin)] = 0;
     }
 }
 
-#ifdef FIVEDP_BF16_PAIRS
-// One row of pairs from the rows k (lower half) and k + 1 (upper half; null is zero) of a matrix contiguous in j.
-FIVEDP_INLINE Vec<std::uint32_t> load_pairs(const char* lower, const char* upper) {
-    typedef std::uint16_t Halves __attribute__((vector_size(FIVEDP_VECTOR_BYTES / 2)));
-    const Vec<std::uint32_t> low = __builtin_convertvector(load<Halves>(lower), Vec<std::uint32_t>);
-    if (upper == nullptr) return low;
-    return low | (__builtin_convertvector(load<Halves>(upper), Vec<std::uint32_t>) << 16);
+// One vector of units at byte `at` of B's rows: rows[0], and rows[1] for pairs (null is zero), contiguous along n.
+template <class E>
+FIVEDP_INLINE Vec<typename E::Unit> load_units(const char* const* rows, std::int64_t at) {
+    using Unit = typename E::Unit;
+    using Source = typename E::Source;
+    if constexpr (sizeof(Source) == sizeof(Unit)) {
+        return load<Vec<Unit>>(rows[0] + at);
+    } else {
+        typedef Source Halves __attribute__((vector_size(FIVEDP_VECTOR_BYTES / 2)));
+        const auto low = __builtin_convertvector(load<Halves>(rows[0] + at), Vec<std::uint32_t>);
+        if constexpr (E::unit_k == 1) return (Vec<Unit>)(low << 16);
+        if (rows[E::unit_k - 1] == nullptr) return (Vec<Unit>)low;
+        return (Vec<Unit>)(low | __builtin_convertvector(load<Halves>(rows[E::unit_k - 1] + at), Vec<std::uint32_t>)
+                                     << 16);
+    }
 }
-#endif
 
 // Columns column_begin .. column_begin + columns of B for k_begin <= k < k_end, one panel.
 template <class E>
@@ -179,18 +187,10 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
             Unit* into = to + (part.begin - k_begin) * width;
             if (piece.outer_stride == size && columns == width) {
                 for (std::int64_t k = 0; k < count; ++k) {
-                    const char* row = from + k * piece.k_stride;
+                    const char* const row = from + k * piece.k_stride;
 #pragma GCC unroll 4
-                    for (int v = 0; v < tile_vectors; ++v) {
-                        Vec<Unit> values;
-                        if constexpr (sizeof(Source) == sizeof(Unit)) {
-                            values = load<Vec<Unit>>(row + v * lanes<Acc> * size);
-                        } else {
-                            for (int lane = 0; lane < lanes<Acc>; ++lane)
-                                values[lane] = element<Unit, Source>(row + (v * lanes<Acc> + lane) * size);
-                        }
-                        store(into + k * width + v * lanes<Acc>, values);
-                    }
+                    for (int v = 0; v < tile_vectors; ++v)
+                        store(into + k * width + v * lanes<Acc>, load_units<E>(&row, v * lanes<Acc> * size));
                 }
             } else if (piece.k_stride == size) {
                 transpose<Unit, Source>(from, piece.outer_stride, columns, count, into, width);
@@ -211,20 +211,57 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
             const std::int64_t pairs = (end - k) / 2;
             const char* row = from + (k - (part.begin - k_begin)) * piece.k_stride;
             if (piece.outer_stride == size && columns == width) {
-#ifdef FIVEDP_BF16_PAIRS
-                for (std::int64_t pair = 0; pair < pairs; ++pair)
+                for (std::int64_t pair = 0; pair < pairs; ++pair) {
+                    const char* const pair_rows[2] = {row + 2 * pair * piece.k_stride,
+                                                      row + (2 * pair + 1) * piece.k_stride};
 #pragma GCC unroll 4
-                    for (int v = 0; v < tile_vectors; ++v) {
-                        const char* lower = row + 2 * pair * piece.k_stride + v * lanes<Acc> * size;
-                        store(to + (k / 2 + pair) * width + v * lanes<Acc>, load_pairs(lower, lower + piece.k_stride));
-                    }
-#endif
+                    for (int v = 0; v < tile_vectors; ++v)
+                        store(to + (k / 2 + pair) * width + v * lanes<Acc>,
+                              load_units<E>(pair_rows, v * lanes<Acc> * size));
+                }
             } else if (piece.k_stride == size) {
                 transpose<Unit, Unit>(row, piece.outer_stride, columns, pairs, to + k / 2 * width, width);
             } else {
                 for (std::int64_t at = k; at < k + 2 * pairs; ++at) put_half(at);
             }
             if (k + 2 * pairs < end) put_half(k + 2 * pairs);
+        }
+    }
+}
+
+// Fetches the memory that will be packed next into the L2 cache, a few lines between tiles, so that packing does not
+// wait. Only a guess: operands in several pieces within a pass, or with general strides, are packed without.
+struct Ahead {
+    const char* row;
+    std::int64_t row_stride, rows_left, row_bytes, at;
+};
+
+FIVEDP_INLINE Ahead ahead_of(const Operand& operand, std::int64_t size, std::int64_t batch, std::int64_t outer_begin,
+                             std::int64_t outer_count, std::int64_t k_begin, std::int64_t k_end) {
+    for (std::int64_t p = 0; p < operand.n_pieces; ++p) {
+        const Piece& piece = operand.pieces[p];
+        if (piece.k_begin > k_begin || piece.k_end < k_end) continue;
+        const char* from = piece.data + batch * piece.batch_stride + outer_begin * piece.outer_stride +
+                           (k_begin - piece.k_begin) * piece.k_stride;
+        if (piece.outer_stride == size) return {from, piece.k_stride, k_end - k_begin, outer_count * size, 0};
+        if (piece.k_stride == size) return {from, piece.outer_stride, outer_count, (k_end - k_begin) * size, 0};
+    }
+    return {nullptr, 0, 0, 0, 0};
+}
+
+FIVEDP_INLINE std::int64_t lines(const Ahead& ahead) {
+    return ahead.rows_left * ((ahead.row_bytes + 63) / 64);
+}
+
+FIVEDP_INLINE void fetch(Ahead& ahead, std::int64_t count) {
+    for (; count > 0 && ahead.rows_left > 0; --count) {
+        // The last byte of the line's worth: where rows are unaligned, its first part came with the neighbour before.
+        __builtin_prefetch(ahead.row + (ahead.at + 63 < ahead.row_bytes ? ahead.at + 63 : ahead.row_bytes - 1), 0, 2);
+        ahead.at += 64;
+        if (ahead.at >= ahead.row_bytes) {
+            ahead.at = 0;
+            ahead.row += ahead.row_stride;
+            --ahead.rows_left;
         }
     }
 }

@@ -1,0 +1,141 @@
+// A few rows of A against a large B that lies contiguous along n (decoding: m = 1 .. 8): B is read once, where it lies.
+//
+// The sums of a strip of columns stay in the L1 cache while rows of B pass by, four at a time; each element is the same
+// chain in the same order as in the tiled kernel. The strip is as wide as the cache allows, so that the rows of B are
+// read in long runs.
+
+// Rows of A multiplied at a time, so that their 4 numbers each stay in registers.
+static constexpr int stream_group = FIVEDP_VECTOR_BYTES >= 64 ? 4 : 2;
+static constexpr int stream_depth = 4;
+
+// Units u_begin <= u < u_begin + depth of `rows` rows of A times the same rows of B, added to sums[row][column].
+template <class E, int rows, int depth>
+FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_rows, std::int64_t columns,
+                               typename E::Acc* sums, std::int64_t row_length) {
+    using Acc = typename E::Acc;
+    using Unit = typename E::Unit;
+    using V = Vec<Acc>;
+    constexpr int width = lanes<Acc>;
+    constexpr std::int64_t size = sizeof(typename E::Source);
+    Vec<Unit> factor[rows][depth];
+    for (int r = 0; r < rows; ++r)
+        for (int d = 0; d < depth; ++d) factor[r][d] = broadcast<Unit>(a[r * pass_units<E> + d]);
+    const std::int64_t whole = columns / width * width;
+    for (std::int64_t j = 0; j < whole; j += width) {
+        V sum[rows];
+        for (int r = 0; r < rows; ++r) sum[r] = load<V>(sums + r * row_length + j);
+#pragma GCC unroll 4
+        for (int d = 0; d < depth; ++d) {
+            const Vec<Unit> b = load_units<E>(b_rows + E::unit_k * d, j * size);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) sum[r] = E::multiply_add(factor[r][d], b, sum[r]);
+        }
+        for (int r = 0; r < rows; ++r) store(sums + r * row_length + j, sum[r]);
+    }
+    if (whole < columns) {
+        // The last columns through a buffer: nothing is read beyond the rows of B. `sums` has room for whole vectors.
+        V sum[rows];
+        for (int r = 0; r < rows; ++r) sum[r] = load<V>(sums + r * row_length + whole);
+        for (int d = 0; d < depth; ++d) {
+            typename E::Source tail[E::unit_k][width] = {};
+            const char* tail_rows[E::unit_k];
+            for (int h = 0; h < E::unit_k; ++h) {
+                const char* row = b_rows[E::unit_k * d + h];
+                if (row != nullptr) __builtin_memcpy(tail[h], row + whole * size, (columns - whole) * size);
+                tail_rows[h] = row != nullptr ? (const char*)tail[h] : nullptr;
+            }
+            const Vec<Unit> b = load_units<E>(tail_rows, 0);
+            for (int r = 0; r < rows; ++r) sum[r] = E::multiply_add(factor[r][d], b, sum[r]);
+        }
+        for (int r = 0; r < rows; ++r) store(sums + r * row_length + whole, sum[r]);
+    }
+}
+
+template <class E, int rows>
+FIVEDP_NOINLINE void stream_group_rows(const typename E::Unit* a, const char* const* b_rows, std::int64_t units,
+                                       std::int64_t columns, typename E::Acc* sums, std::int64_t row_length) {
+    std::int64_t u = 0;
+    for (; u + stream_depth <= units; u += stream_depth)
+        stream_rows<E, rows, stream_depth>(a + u, b_rows + E::unit_k * u, columns, sums, row_length);
+    for (; u < units; ++u) stream_rows<E, rows, 1>(a + u, b_rows + E::unit_k * u, columns, sums, row_length);
+}
+
+template <class E>
+FIVEDP_INLINE void stream_any(int rows, const typename E::Unit* a, const char* const* b_rows, std::int64_t units,
+                              std::int64_t columns, typename E::Acc* sums, std::int64_t row_length) {
+    if (rows == 1) return stream_group_rows<E, 1>(a, b_rows, units, columns, sums, row_length);
+    if (rows == 2 || stream_group == 2) return stream_group_rows<E, 2>(a, b_rows, units, columns, sums, row_length);
+    if (rows == 3)
+        return stream_group_rows < E, stream_group == 2 ? 2 : 3 > (a, b_rows, units, columns, sums, row_length);
+    stream_group_rows<E, stream_group>(a, b_rows, units, columns, sums, row_length);
+}
+
+// The pointers to rows k_begin <= k < k_end of B at a column; the missing half of a last pair is null.
+template <class E>
+FIVEDP_INLINE void rows_of_b(const Operand& b, std::int64_t batch, std::int64_t column, std::int64_t k_begin,
+                             std::int64_t k_end, const char** rows) {
+    for (std::int64_t p = 0; p < b.n_pieces; ++p) {
+        const Piece& piece = b.pieces[p];
+        const Overlap part = overlap(piece, k_begin, k_end);
+        for (std::int64_t k = part.begin; k < part.end; ++k)
+            rows[k - k_begin] = piece.data + batch * piece.batch_stride + column * piece.outer_stride +
+                                (k - piece.k_begin) * piece.k_stride;
+    }
+    if ((k_end - k_begin) % E::unit_k != 0) rows[k_end - k_begin] = nullptr;
+}
+
+// All rows of the product (range.m_begin is 0) and some of its columns.
+template <class E>
+FIVEDP_NOINLINE bool stream_block(const GemmProblem& problem, const BlockRange& range, char* scratch,
+                                  const Poll& poll) {
+    using Acc = typename E::Acc;
+    using Unit = typename E::Unit;
+    using V = Vec<Acc>;
+    constexpr std::int64_t width = lanes<Acc>;
+    const std::int64_t rows = range.m_end - range.m_begin, columns = range.n_end - range.n_begin;
+    const std::int64_t row_length = (columns + width - 1) / width * width, slot_size = rows * row_length;
+    // Scratch: the current chain's sums, the local slots, the slots, the rows of A.
+    Acc* const sums = (Acc*)scratch;
+    Acc* const locals = sums + slot_size;
+    Acc* const slots = locals + problem.n_local_slots * slot_size;
+    Unit* const packed_a = (Unit*)(slots + problem.n_slots * slot_size);
+    const auto slot_of = [&](std::int8_t name) {
+        return name >= 0 ? slots + name * slot_size : locals + (first_local_slot - name) * slot_size;
+    };
+    const char* b_rows[k_block + 2];
+
+    for (std::int64_t p = 0; p < problem.n_passes; ++p) {
+        for (int i = 0; i < problem.passes[p].n_chains; ++i) {
+            const Chain& chain = problem.passes[p].chains[i];
+            pack_a<E>(problem.a, range.batch, range.m_begin, rows, chain.k_begin, chain.k_end, packed_a);
+            rows_of_b<E>(problem.b, range.batch, range.n_begin, chain.k_begin, chain.k_end, b_rows);
+            for (std::int64_t j = 0; j < slot_size; j += width) store(sums + j, V{});
+            // A few rows of B for all rows of A, so that B is read from memory once.
+            for (std::int64_t u = 0; u < chain.units; u += stream_depth) {
+                const std::int64_t units = chain.units - u < stream_depth ? chain.units - u : stream_depth;
+                for (std::int64_t row = 0; row < rows; row += stream_group)
+                    stream_any<E>((int)(rows - row < stream_group ? rows - row : stream_group),
+                                  packed_a + row * pass_units<E> + u, b_rows + E::unit_k * u, units, columns,
+                                  sums + row * row_length, row_length);
+            }
+            for (int o = 0; o < chain.n_open; ++o) {
+                const Acc* open = slot_of(chain.open[o]);
+                for (std::int64_t j = 0; j < slot_size; j += width)
+                    store(sums + j, load<V>(open + j) + load<V>(sums + j));
+            }
+            if (chain.to == to_c) {
+                for (std::int64_t r = 0; r < rows; ++r)
+                    finish_row_as<Acc>(problem.c.type, sums + r * row_length,
+                                       problem.c.data + range.batch * problem.c.batch_stride +
+                                           (range.m_begin + r) * problem.c.row_stride +
+                                           range.n_begin * problem.c.col_stride,
+                                       problem.c.col_stride, columns, problem.alpha, problem.beta);
+            } else {
+                Acc* const to = slot_of(chain.to);
+                for (std::int64_t j = 0; j < slot_size; j += width) store(to + j, load<V>(sums + j));
+            }
+            if (!poll.call(poll.context)) return false;
+        }
+    }
+    return true;
+}
