@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fivedp.bench import account, pieces
+from fivedp.bench import account, measure, pieces
 from fivedp.bench.cases import gemm
 from fivedp.bench.program import parser
 from fivedp.layout.spec import parse_product
@@ -197,3 +198,14 @@ def test_span_cuts_as_array_split_does(parts: int) -> None:
     for size in (0, 1, 6, 29):
         expected = [x.tolist() for x in np.array_split(np.arange(size), parts)]
         assert [list(pieces.span(size, parts, i)) for i in range(parts)] == expected
+
+
+@pytest.mark.parametrize(("room", "fits"), [(10**12, True), (10**6, False), (None, True)])
+def test_a_case_larger_than_the_memory_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, room: int | None, fits: bool
+) -> None:
+    monkeypatch.setattr(account, "available", lambda: room)
+    bench = measure.Bench(SimpleNamespace(rank=0, size=1), {}, 1)
+    why = measure.unfit(bench, gemm.Case(gemm.strategy("row"), 4096, 4096, 4096, "float32"))
+    assert (why == "") == fits
+    assert fits or "are free" in why

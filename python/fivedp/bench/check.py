@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 
 from fivedp.bench import agree, operands
@@ -161,5 +160,5 @@ def _apply(comm: Any, matrix: Matrix, vector: NDArray[Any], n_rows: int) -> NDAr
         for start in range(0, matrix.data.shape[0], step):
             rows = matrix.data[start : start + step].astype(vector.dtype)
             np.add.at(out, matrix.rows[start : start + step], rows @ part)
-    comm.Allreduce(MPI.IN_PLACE, out, MPI.SUM)
+    agree.add_up(comm, out)
     return out

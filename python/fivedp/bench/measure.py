@@ -7,6 +7,7 @@ first. Operands are made from their seeds on the rank that needs them, so a case
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -119,11 +120,13 @@ def unfit(bench: Bench, case: Case) -> str:
         case.strategy.mesh_shape(bench.comm.size)
     except ValueError as error:
         return str(error)
-    # shares, gathered panels and float64 blocks of the check: three times the operands, whole copies where replicated
-    itemsize = operands.dtype_of(case.dtype).itemsize
-    elements = case.batch * case.m * (case.n + case.k) + case.k * case.n
-    copies = bench.comm.size if case.strategy.key in ("column", "column-gathered", "row", "batched") else 1
-    needed = float(itemsize * elements * (copies + 1) * (2 if case.backward else 1))
+    # shares, and as much again for panels, partial sums and the check
+    shape, itemsize = case.strategy.mesh_shape(bench.comm.size), operands.dtype_of(case.dtype).itemsize
+    elements = 0
+    for layout in layouts(case.strategy.spec):
+        parts = math.prod(shape[axis] for axis in layout.axes)
+        elements += math.prod(case.sizes[name] for name in layout.names) * bench.comm.size // parts
+    needed = 2.0 * itemsize * elements * (2 if case.backward else 1)
     room = account.available()
     least = -agree.largest(bench.comm, -float(room if room is not None else 2**62))[0]
     if needed > 0.8 * least:

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpi4py import MPI
-
 from fivedp.bench import agree, ceiling, environment, measure, report
 from fivedp.bench.cases import gemm as gemm_cases
 
@@ -65,6 +63,8 @@ def _positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command on every rank of MPI.COMM_WORLD and return the exit status."""
+    from mpi4py import MPI
+
     comm = MPI.COMM_WORLD
     options = _agree_on_options(comm, arguments)
     if isinstance(options, int):
