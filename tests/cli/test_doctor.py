@@ -157,7 +157,7 @@ def test_launcher_that_starts_strangers(tmp_path: Path) -> None:
     stranger.write_text('#!/bin/sh\nshift 2\n"$@" &\n"$@" &\nwait\n')
     stranger.chmod(0o755)
     trial = try_launch(Launcher(stranger, "mpich", (5, 0, 2)), clean_environment(), sys.executable)
-    finding = the_finding(dataclasses.replace(HEALTHY, trial=trial), "trial launch")
+    finding = the_finding(dataclasses.replace(HEALTHY, trial=trial), "transport")
     assert finding.level == FAIL
     assert "every process believes that it is alone" in finding.text
 
@@ -167,7 +167,7 @@ def test_launcher_that_hangs_is_given_up(tmp_path: Path) -> None:
     stuck.write_text("#!/bin/sh\nsleep 60\n")
     stuck.chmod(0o755)
     trial = try_launch(Launcher(stuck, "mpich", (5, 0, 2)), clean_environment(), sys.executable, deadline=1)
-    finding = the_finding(dataclasses.replace(HEALTHY, trial=trial), "trial launch")
+    finding = the_finding(dataclasses.replace(HEALTHY, trial=trial), "transport")
     assert "not done after 1 s" in finding.text
 
 

@@ -143,21 +143,21 @@ def trial(facts: Facts) -> Iterator[Finding]:
         return
     if facts.trial.error:
         yield Finding(
-            "trial launch",
+            "transport",
             FAIL,
             f"2 ranks did not exchange a message: {facts.trial.error}",
             "see the output of \"fivedp run -np 2 -- python -c 'from mpi4py import MPI'\"",
         )
     elif facts.trial.size != 2:
         yield Finding(
-            "trial launch",
+            "transport",
             FAIL,
             f"2 ranks were started, their world has {facts.trial.size}",
             "the launcher belongs to another MPI: pip install mpich, and no other MPI, in this environment",
         )
     else:
         rate = 2 * MIB / max(facts.trial.round_trip, 1e-9) / 1e9
-        yield Finding("trial launch", OK, f"2 ranks exchange 1 MiB at {rate:.1f} GB/s")
+        yield Finding("transport", OK, f"2 ranks exchange 1 MiB at {rate:.1f} GB/s")
 
 
 def slots(facts: Facts) -> Iterator[Finding]:
@@ -313,6 +313,8 @@ def limits(facts: Facts) -> Iterator[Finding]:
             f"{facts.open_files} open files per process are few for a launcher of {facts.n_ranks} ranks",
             f"ulimit -n {max(4096, facts.n_ranks * OPEN_FILES_PER_RANK)}",
         )
+    else:
+        yield Finding("limits", OK, f"{facts.open_files} open files, {facts.processes or 'any number of'} processes")
     # Each rank is a process with some threads, and a launcher with its helpers stands beside them.
     needed = facts.processes_used + 8 * facts.n_ranks + 16
     if facts.processes is not None and facts.processes < needed and not facts.machine.root:
