@@ -78,14 +78,19 @@ def test_layers_have_the_parameter_counts_of_their_models() -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("3x5x7", [("", gemm.BATCH, 3, 5, 7)]),
+        ("3x5x7", [("", 0, 3, 5, 7)]),
         ("2x3x5x7", [("", 2, 3, 5, 7)]),
-        ("96", [("", gemm.BATCH, 96, 96, 96)]),
-        ("llama3-8b-down", [("llama3-8b-down", 1, 17, 4096, 14336)]),
+        ("96", [("square", 0, 96, 96, 96)]),
+        ("llama3-8b-down", [("llama3-8b-down", 0, 17, 4096, 14336)]),
     ],
 )
 def test_shape_reads_sizes_and_layers(text: str, found: list[Any]) -> None:
     assert gemm.sizes(text, tokens=17) == found
+
+
+def test_every_strategy_does_the_same_work_on_the_same_shape() -> None:
+    cases = gemm.select(options("--shape", "64x48x80", "--dtype", "f32"))
+    assert {c.flops for c in cases} == {2 * 64 * 48 * 80}
 
 
 @pytest.mark.parametrize("text", ["0x3x5", "3x5", "1x2x3x4x5", "llama9", "axb"])

@@ -159,6 +159,8 @@ def _squeeze(text: str) -> str:
 def sizes(text: str, tokens: int) -> list[tuple[str, int, int, int, int]]:
     """What `--shape` asks for, as (label, batch, m, n, k): `MxNxK`, `BxMxNxK`, `4096`, a layer, or a model.
 
+    The batch is 0 where none was given: a batched strategy then deals the m rows to a batch of 4.
+
     Parameters
     ----------
     tokens : int
@@ -171,15 +173,15 @@ def sizes(text: str, tokens: int) -> list[tuple[str, int, int, int, int]]:
         if len(numbers) == 1:
             numbers *= 3
         if len(numbers) == 3:
-            numbers = [BATCH, *numbers]
+            numbers = [0, *numbers]
         if len(numbers) != 4:
             raise ValueError(f"--shape {text}: give MxNxK, BxMxNxK or one number, not {len(numbers)} numbers")
         batch, m, n, k = numbers
-        return [("", batch, m, n, k)]
+        return [("square" if m == n == k else "", batch, m, n, k)]
     found = [layer for name, layer in LAYERS.items() if name == text or name.startswith(text + "-")]
     if not found:
         raise ValueError(f"--shape {text!r} is neither sizes nor a layer; layers: {', '.join(LAYERS)}")
-    return [(layer.name, 1, tokens, layer.features_out, layer.features_in) for layer in found]
+    return [(layer.name, 0, tokens, layer.features_out, layer.features_in) for layer in found]
 
 
 def quick(dtypes: list[str]) -> list[Case]:
@@ -246,12 +248,12 @@ def select(options: Any) -> list[Case]:
         cases = []
         for text in options.shape:
             for label, batch, m, n, k in sizes(text, tokens):
-                usual = [strategy(LAYERS[label].strategy)] if label else list(STRATEGIES)
-                cases += [
-                    Case(known, m, n, k, dtype, batch if known.batched else 1, label=label)
-                    for known in specs or usual
-                    for dtype in dtypes
-                ]
+                usual = [strategy(LAYERS[label].strategy)] if label in LAYERS else list(STRATEGIES)
+                for known in specs or usual:
+                    rows, times = m, 1
+                    if known.batched:
+                        rows, times = (m, batch) if batch else (max(1, m // BATCH), BATCH)
+                    cases += [Case(known, rows, n, k, dtype, times, label=label) for dtype in dtypes]
     if options.backward:
         cases = [replace(case, backward=True) for case in cases]
     return cases
