@@ -357,6 +357,15 @@ def test_cupy_that_does_not_fit_the_driver() -> None:
     assert "driver" in finding.text
 
 
+def test_gpu_is_found_through_the_tool_of_the_driver(tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-2)'\n")
+    tool.chmod(0o755)
+    if Path("/proc/driver/nvidia/gpus").is_dir():
+        pytest.skip("the driver's own folder comes first here")
+    assert find_gpus({"PATH": str(tmp_path)}) == ("NVIDIA H200", "NVIDIA H200")
+
+
 def test_hidden_gpu_is_not_looked_for() -> None:
     assert find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
     assert find_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == ()

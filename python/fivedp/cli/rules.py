@@ -157,7 +157,7 @@ def trial(facts: Facts) -> Iterator[Finding]:
         )
     else:
         rate = 2 * MIB / max(facts.trial.round_trip, 1e-9) / 1e9
-        yield Finding("transport", OK, f"2 ranks exchange 1 MiB at {rate:.1f} GB/s")
+        yield Finding("transport", OK, f"host memory: 2 ranks exchange 1 MiB at {rate:.1f} GB/s")
 
 
 def slots(facts: Facts) -> Iterator[Finding]:
