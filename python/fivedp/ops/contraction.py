@@ -12,8 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fivedp.kernels.gemm import gemm, tree_sum
 from fivedp.layout.shares import Box, local_slices
 from fivedp.layout.spec import ProductSpec
@@ -126,10 +124,11 @@ class Contraction:
     ) -> list[Step]:
         """(array, slices) of every piece of a block of the summed indices, in the order of the sum."""
         found: list[Step] = []
-        cut_elsewhere = any(len({box[names.index(name)] for box in boxes}) > 1 for name in self.k[1:])
-        low, high = block[self.k[0]]
-        for step in [(i, i + 1) for i in range(low, high)] if cut_elsewhere else [(low, high)]:
-            ranges = {**block, self.k[0]: step}
+        # Arrays that differ in an inner summed index take turns at every position of the indices outside it.
+        differ = [len({box[names.index(name)] for box in boxes}) > 1 for name in self.k]
+        outer = self.k[: max((place for place, different in enumerate(differ) if different), default=0)]
+        for position in itertools.product(*(range(*block[name]) for name in outer)):
+            ranges = {**block, **{name: (i, i + 1) for name, i in zip(outer, position, strict=True)}}
             window = tuple(ranges.get(name, extent) for name, extent in zip(names, panel, strict=True))
             chosen = []
             for number, box in enumerate(boxes):
@@ -161,7 +160,7 @@ class Contraction:
             The box of C to write, in the order of the spec's dimensions.
         """
         if not recipe.a:  # nothing to sum: K is 0, or this rank's leaves are empty
-            c[...] = c * np.asarray(beta, dtype=c.dtype) if beta else 0
+            c[...] = c * c.dtype.type(beta) if beta else 0
             return
         a = [a_arrays[number] if slices is None else a_arrays[number][slices] for number, slices in recipe.a]
         b = [b_arrays[number] if slices is None else b_arrays[number][slices] for number, slices in recipe.b]
