@@ -93,7 +93,7 @@ def run(bench: Bench, case: Case) -> Row:
     extra = memory.peak()
     peak = agree.largest(bench.comm, -1.0 if extra is None else float(extra))[0]
     first = product.bits()
-    product.run()
+    once = _sample(bench.comm, product.run, 1)
     repeatable = agree.everywhere(bench.comm, product.bits() == first)
 
     row |= {
@@ -102,7 +102,7 @@ def run(bench: Bench, case: Case) -> Row:
         "bytes": {"counted": int(counted), "planned": plan.bytes, "bound": plan.bound},
         "memory": {"peak": None if peak < 0 else int(peak), "panels": plan.panels},
     }
-    row |= timed(bench, case, product.run)
+    row |= timed(bench, case, product.run, once)
     verdict = product.check(bench.comm, bench.seed)
     row |= {"error": verdict.error, "honest_error": verdict.honest, "freivalds": verdict.residual,
             "same_bits": verdict.same_bits, "repeatable": repeatable}  # fmt: skip
@@ -197,9 +197,13 @@ class Product:
         return c
 
 
-def timed(bench: Bench, case: Case, call: Callable[[], None]) -> Row:
-    """Samples, median, rate and share of the ceiling of `call`; the ratio to the reference where one is given."""
-    inner = _bundle(bench.comm, call)
+def timed(bench: Bench, case: Case, call: Callable[[], None], once: float) -> Row:
+    """Samples, median, rate and share of the ceiling of `call`; the ratio to the reference where one is given.
+
+    `once` is about the time of a call: short ones are bundled, and of those beyond 5 s two samples are enough.
+    """
+    inner = max(1, min(200, round(BUNDLE_SECONDS / max(once, 1e-7))))
+    fewest = 2 if once > 5 else 3
     rival = _rival(bench, case)
     samples, ratios = [], []
     end = time.perf_counter() + bench.seconds
@@ -208,7 +212,7 @@ def timed(bench: Bench, case: Case, call: Callable[[], None]) -> Row:
         if rival is not None:
             ratios.append(_rival_sample(bench.comm, rival, inner) / samples[-1])
         late = agree.largest(bench.comm, time.perf_counter() - end)[0] > 0
-        enough = len(samples) >= (7 if rival is not None else 3)
+        enough = len(samples) >= (7 if rival is not None else fewest)
         if len(samples) >= bench.repeats or (late and enough):
             break
     median = statistics.median(samples)
@@ -227,15 +231,6 @@ def timed(bench: Bench, case: Case, call: Callable[[], None]) -> Row:
             "spread": [min(ratios), max(ratios)],
         }
     return row
-
-
-def _bundle(comm: Any, call: Callable[[], None]) -> int:
-    """How many calls make one sample; the same on every rank."""
-    comm.Barrier()
-    start = time.perf_counter()
-    call()
-    (once,) = agree.largest(comm, time.perf_counter() - start)
-    return max(1, min(200, round(BUNDLE_SECONDS / max(once, 1e-7))))
 
 
 def _sample(comm: Any, call: Callable[[], None], inner: int) -> float:

@@ -1,0 +1,80 @@
+"""The references agree with sums written out, and their gradients with finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fivedp.reference import NAMES, open_reference
+
+
+def reference(name: str) -> Any:
+    if name == "torch":
+        pytest.importorskip("torch")
+    return open_reference(name)
+
+
+@pytest.fixture
+def draw() -> np.random.Generator:
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_product_is_the_sum_over_k(name: str, batch: tuple[int, ...], draw: np.random.Generator) -> None:
+    a, b = draw.normal(size=(*batch, 4, 5)), draw.normal(size=(5, 6))
+    c = reference(name).matmul(a, b)
+    written_out = (a[..., :, :, None] * b[None, :, :]).sum(axis=-2)
+    np.testing.assert_allclose(c, written_out, rtol=1e-12)
+    out = np.empty_like(c)
+    assert reference(name).matmul(a, b, out=out) is out
+    assert (out == c).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_gradients_are_those_of_finite_differences(
+    name: str, batch: tuple[int, ...], draw: np.random.Generator
+) -> None:
+    """The product is linear in each operand, so a central difference is exact but for rounding."""
+    a, b, dc = draw.normal(size=(*batch, 3, 4)), draw.normal(size=(4, 5)), draw.normal(size=(*batch, 3, 5))
+    gradients = reference(name).matmul_backward(dc, a, b)
+    for operand, gradient in zip((a, b), gradients, strict=True):
+        assert gradient.shape == operand.shape
+        for place in np.ndindex(operand.shape):
+            kept = operand[place]
+            operand[place] = kept + 1
+            more = float((dc * (a @ b)).sum())
+            operand[place] = kept - 1
+            less = float((dc * (a @ b)).sum())
+            operand[place] = kept
+            assert gradient[place] == pytest.approx((more - less) / 2, rel=1e-9, abs=1e-9)
+
+
+def test_float64_does_not_round_its_inputs_to_their_type(draw: np.random.Generator) -> None:
+    a, b = (draw.normal(size=(40, 40)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
+    assert np.abs(open_reference("float64").matmul(a, b) - exact).max() < 1e-13
+
+
+def test_torch_takes_bfloat16_by_its_bits(draw: np.random.Generator) -> None:
+    a, b = (draw.normal(size=(16, 16)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    c = reference("torch").matmul(a, b)
+    assert c.dtype == ml_dtypes.bfloat16
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    assert np.abs(c.astype(np.float64) - exact).max() <= 2.0**-8 * np.abs(exact).max()
+
+
+def test_an_unknown_reference_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="choose one of float64, numpy, torch"):
+        open_reference("matlab")
+
+
+def test_types_without_a_fast_product_are_not_offered() -> None:
+    assert not open_reference("numpy").supports("bfloat16")
+    assert open_reference("float64").supports("bfloat16")
