@@ -6,6 +6,7 @@ ranks give the same tree; the bits within a shard are the library's. CuPy and BL
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,18 +102,11 @@ def shard_product(
     """C = alpha * A B + beta * C, one call of NumPy per virtual shard, joined in the tree."""
     k = check_shapes(a, b, c)
     borders = default_cuts(k) if cuts is None else [int(cut) for cut in cuts]
-    if (
-        len(borders) < 2
-        or borders[0] != 0
-        or borders[-1] != k
-        or any(x > y for x, y in zip(borders, borders[1:], strict=False))
-    ):
+    if len(borders) < 2 or borders[0] != 0 or borders[-1] != k or any(x > y for x, y in itertools.pairwise(borders)):
         raise ValueError(f"gemm: cuts is {borders}; rising borders from 0 to k = {k} would be right")
     left, right = _join(np, a, -1), _join(np, b, -2)
     finish(
-        combine(
-            [(1, np.matmul(left[..., :, i:j], right[..., i:j, :])) for i, j in zip(borders, borders[1:], strict=False)]
-        ),
+        combine([(1, np.matmul(left[..., :, i:j], right[..., i:j, :])) for i, j in itertools.pairwise(borders)]),
         c,
         alpha,
         beta,

@@ -1,10 +1,10 @@
 """One rank's product and the sum of partial products, in one fixed order.
 
-C = alpha * A B + beta * C. K is cut into virtual shards (8 by default, by the block rule). A shard is summed in K blocks
-of 256 counted from its start, each one chain of fused multiply-adds from +0; the blocks are added in order; the shards
-in a binary tree, ((s0+s1)+(s2+s3))+((s4+s5)+(s6+s7)). The order depends on nothing else: not on M, N, strides, pieces,
-threads or the instruction set. So partial products over aligned spans of shards, joined by `tree_sum`, have the same
-bits as one product over all of K.
+C = alpha * A B + beta * C. K is cut into virtual shards (8 by default, by the block rule). A shard is summed in K
+blocks of 256 counted from its start, each one chain of fused multiply-adds from +0; the blocks are added in order; the
+shards in a binary tree, ((s0+s1)+(s2+s3))+((s4+s5)+(s6+s7)). The order depends on nothing else: not on M, N, strides,
+pieces, threads or the instruction set. So partial products over aligned spans of shards, joined by `tree_sum`, have the
+same bits as one product over all of K.
 
 For other counts of shards the tree is a binary counter: neighbours of equal size are added as they come, and what is
 left at the end is added from the smallest up.
