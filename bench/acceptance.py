@@ -38,7 +38,7 @@ def parts(cores: int, size: int) -> dict[str, list[str]]:
     several, crowd = min(8, 2 * cores), 4 * cores
     return {
         f"{cores}ranks": [*launcher(cores), *BENCH, *shapes, "--tokens", "512", "--seconds", "1.5"],
-        f"{crowd}ranks": [*launcher(crowd), *BENCH],
+        **{f"{ranks}ranks": [*launcher(ranks), *BENCH] for ranks in (1, 2 * cores, crowd)},
         "peers": [sys.executable, str(HERE / "peers" / "compare.py"), "--suite", "acceptance", "--size", str(size),
                   "--cores", str(cores)],
         "regret": [*launcher(several), str(HERE / "schedules.py"), "regret"],

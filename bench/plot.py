@@ -97,13 +97,17 @@ def bytes_sent(results: list[Result]) -> Any:
 
 
 def ranks(results: list[Result]) -> Any:
-    """Lines of GFLOP/s against ranks, one per spec, float32."""
+    """Lines of GFLOP/s against ranks, float32: the products that every result has."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    speeds = [
+        {(row["known_as"], row["shape"]): row for row in measured(r) if row["dtype"] == "float32"} for r in results
+    ]
+    common = set.intersection(*(set(rows) for rows in speeds))
     lines: dict[str, list[tuple[int, float]]] = {}
-    for result in results:
-        for (name, dtype), row in largest(measured(result)).items():
-            if dtype == "float32":
-                lines.setdefault(name, []).append((result["machine"]["ranks"], row["gflops"]))
+    for name, shape in sorted(common):
+        lines[f"{name}, {shape}"] = [
+            (r["machine"]["ranks"], rows[name, shape]["gflops"]) for r, rows in zip(results, speeds, strict=True)
+        ]
     for name, points in lines.items():
         points.sort()
         axes.plot([p for p, _ in points], [g for _, g in points], marker="o", label=name)
