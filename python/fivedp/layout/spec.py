@@ -80,10 +80,14 @@ class ProductSpec:
 
     def backward(self) -> tuple[ProductSpec, ProductSpec]:
         """The specs of dA from (dC, B) and of dB from (A, dC): the gradient of a product is two more products."""
-        return parse_product(f"{self.c}, {self.b} -> {self.a}"), parse_product(f"{self.a}, {self.c} -> {self.b}")
+        spec_a, spec_b = self.backward_texts()
+        return parse_product(spec_a), parse_product(spec_b)
+
+    def backward_texts(self) -> tuple[str, str]:
+        """The texts of `backward`; the gradient of a matrix-vector product sums nothing, and is no product."""
+        return f"{self.c}, {self.b} -> {self.a}", f"{self.a}, {self.c} -> {self.b}"
 
 
-@lru_cache(maxsize=4096)
 def parse_layout(text: str) -> Layout:
     """Read the layout of one array, such as "m/r k/c" or "b/dp*sp m k".
 
@@ -92,6 +96,13 @@ def parse_layout(text: str) -> Layout:
     LayoutError
         Where a word is no index, an index stands twice, or one axis cuts two dimensions.
     """
+    if not isinstance(text, str):
+        raise LayoutError(f"layout must be a text such as 'm/r k/c', got {type(text).__name__}")
+    return _parse_layout(text)
+
+
+@lru_cache(maxsize=4096)
+def _parse_layout(text: str) -> Layout:
     indices = []
     for word in text.split():
         match = _INDEX.fullmatch(word)
@@ -113,7 +124,6 @@ def parse_layout(text: str) -> Layout:
     return layout
 
 
-@lru_cache(maxsize=4096)
 def parse_product(text: str) -> ProductSpec:
     """Read a product such as "m k/tp, k/tp n -> m n".
 
@@ -124,6 +134,11 @@ def parse_product(text: str) -> ProductSpec:
     """
     if not isinstance(text, str):
         raise LayoutError(f"spec must be a text such as 'm k/tp, k/tp n -> m n', got {type(text).__name__}")
+    return _parse_product(text)
+
+
+@lru_cache(maxsize=4096)
+def _parse_product(text: str) -> ProductSpec:
     sides = text.split("->")
     operands = sides[0].split(",")
     if len(sides) != 2 or len(operands) != 2:

@@ -117,11 +117,19 @@ def sharded_matmul_backward(
     -----
     Collective over the same ranks as the product.
     """
-    spec_a, spec_b = (str(parsed) for parsed in parse_product(spec).backward())
-    conjugated = np.iscomplexobj(a)
-    da = sharded_matmul(dc, b.conj() if conjugated else b, spec_a, mesh, order=order, wire=wire)
-    db = sharded_matmul(a.conj() if conjugated else a, dc, spec_b, mesh, order=order, wire=wire)
+    try:
+        spec_a, spec_b = parse_product(spec).backward_texts()
+    except LayoutError:
+        # The other ranks learn of it as of any wrong argument of a product.
+        spec_a = spec_b = spec
+    da = sharded_matmul(dc, _conjugate(b), spec_a, mesh, order=order, wire=wire)
+    db = sharded_matmul(_conjugate(a), dc, spec_b, mesh, order=order, wire=wire)
     return da, db
+
+
+def _conjugate(array: Array) -> Array:
+    """The complex conjugate; anything that is no complex array as it is, for the product to judge."""
+    return array.conj() if getattr(getattr(array, "dtype", None), "kind", "") == "c" else array
 
 
 def matmul_with(a: Array, b: Array, spec: str, mesh: Mesh | MPI.Intracomm, choose: Choose, **keywords: Any) -> Array:
@@ -150,7 +158,8 @@ def _matmul(
     try:
         key = (
             spec, a.shape, b.shape, a.dtype, b.dtype, type(a), type(b),
-            None if out is None else (out.shape, out.dtype, type(out)), alpha, beta, order, wire,
+            None if out is None else (out.shape, out.dtype, type(out), getattr(out.flags, "writeable", True)),
+            alpha, beta, order, wire,
         )  # fmt: skip
         call = grid.calls.get(key)
     except (AttributeError, TypeError):
@@ -164,13 +173,15 @@ def _matmul(
     if out is not None and call.error is None:
         call = call.with_out(a, b, out)
     execution = call.agree(choose)
+    if call.dtype.kind != "c":
+        alpha, beta = alpha.real, beta.real  # a complex number without imaginary part is allowed
     target = out
-    if out is None or call.out_overlaps:
-        target = call.xp.empty(execution.out_shape, dtype=call.dtype if out is None else out.dtype)
-        if out is not None and beta != 0:
-            target[...] = out
     watchdog = grid.watchdog
     try:
+        if out is None or call.out_overlaps:
+            target = call.xp.empty(execution.out_shape, dtype=call.dtype if out is None else out.dtype)
+            if out is not None and beta != 0:
+                target[...] = out
         execution.run(a, b, target, alpha, beta, call.wire_dtype, call.xp, call.what)
     except BaseException as error:
         watchdog.fail(error)
