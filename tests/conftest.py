@@ -14,6 +14,7 @@ import secrets
 import sys
 import zlib
 from pathlib import Path
+from types import ModuleType
 
 # Before NumPy is loaded by anybody: these make OpenBLAS use the kernels of another chip.
 _MISLEADING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_DEBUG_CPU_TYPE", "NVPL_")
@@ -21,8 +22,6 @@ for _name in [name for name in os.environ if name.startswith(_MISLEADING)]:
     del os.environ[_name]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import hypothesis  # noqa: E402
-import hypothesis.core  # noqa: E402
 import pytest  # noqa: E402
 
 from mpi_launcher import COUNTS_KEY, SEED, SEED_KEY, LauncherSide, inside_launch, rank_list  # noqa: E402
@@ -40,21 +39,36 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.importmode = "importlib"
     config.addinivalue_line("markers", "mpi(min_size): runs on the ranks of a launch; skipped on fewer than min_size")
     seed = int(os.environ.get(SEED) or secrets.randbelow(2**31))
+    settle_hypothesis = _settle_hypothesis
     if inside_launch():
         from mpi_ranks import RankSide
 
         side = RankSide(config, seed)
-        seed = side.seed
+        seed, settle_hypothesis = side.seed, side.settle_hypothesis
         config.pluginmanager.register(side, "fivedp-ranks")
     else:
-        # Timings of shared machines say nothing, and examples found yesterday hide what is found today.
-        hypothesis.settings.register_profile("fivedp", deadline=None, database=None)
-        hypothesis.settings.load_profile("fivedp")
         config.pluginmanager.register(LauncherSide(), "fivedp-launcher")
     config.stash[SEED_KEY] = seed
     config.stash[COUNTS_KEY] = {}
-    if config.getoption("hypothesis_seed", None) is None:
-        hypothesis.core.global_force_seed = seed
+    if not inside_launch() or _draws(config):
+        import hypothesis
+        import hypothesis.core
+
+        settle_hypothesis(hypothesis)
+        if config.getoption("hypothesis_seed", None) is None:
+            hypothesis.core.global_force_seed = seed
+
+
+def _draws(config: pytest.Config) -> bool:
+    """Whether a file to run uses Hypothesis, which takes each of many ranks a quarter of a second to load."""
+    files = [Path(argument.partition("::")[0]) for argument in config.args]
+    return any(not file.is_file() or "hypothesis" in file.read_text() for file in files)
+
+
+def _settle_hypothesis(hypothesis: ModuleType) -> None:
+    # Timings of shared machines say nothing, and examples found yesterday hide what is found today.
+    hypothesis.settings.register_profile("fivedp", deadline=None, database=None)
+    hypothesis.settings.load_profile("fivedp")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -17,6 +17,7 @@ the stacks of its threads (SIGUSR1, faulthandler), then everything that belongs 
 from __future__ import annotations
 
 import ast
+import atexit
 import functools
 import os
 import re
@@ -102,6 +103,14 @@ def launcher() -> Launcher:
     return find_launcher(find_library(environ=environ), environ)
 
 
+@functools.cache
+def bytecode_folder() -> str:
+    """A place for the ranks' byte code where the tree is to stay clean of it."""
+    folder = tempfile.TemporaryDirectory(prefix="fivedp-bytecode-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
 def run_mpi(
     n_ranks: int,
     code_or_path: str | Path,
@@ -151,6 +160,9 @@ def start(
             base.pop(name, None)
         else:
             base[name] = value
+    if base.pop("PYTHONDONTWRITEBYTECODE", None) is not None:
+        # Eight ranks would compile pytest's rewritten modules (all of Hypothesis among them) anew: 2 s of each.
+        base["PYTHONPYCACHEPREFIX"] = bytecode_folder()
     launch = plan_launch(n_ranks, command, launcher(), this_machine(), environ=base)
     mark = new_mark()
     with tempfile.TemporaryDirectory(prefix="fivedp-launch-") as folder:

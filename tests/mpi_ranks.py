@@ -27,9 +27,9 @@ import zlib
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import hypothesis
 import pytest
 from _pytest._io import TerminalWriter
 from _pytest.runner import runtestprotocol
@@ -69,6 +69,10 @@ class RankSide:
         shared = array("q", [seed])
         self.control.Bcast(shared, root=0)
         self.seed = shared[0]
+
+    @staticmethod
+    def settle_hypothesis(hypothesis: ModuleType) -> None:
+        """Make every rank draw the same examples, whatever the clock says and whichever of them fails."""
         hypothesis.settings.register_profile(
             "ranks",
             deadline=None,
