@@ -116,7 +116,7 @@ def gather(x_local: Array, layout: str, mesh: Mesh | MPI.Intracomm, root: int | 
     )
     headers = agreement_of(group).exchange(pack(arguments), what)
     sizes, coords = group.numbering
-    if parsed is not None and error is None and grid.names == (ANY_NAME,):
+    if parsed is not None and error is None and grid.names == (ANY_NAME,) and axes:
         # The single axis of a plain communicator answers to the name that the layout uses.
         sizes = dict.fromkeys(axes, group.size)
         coords = [dict.fromkeys(axes, rank) for rank in range(group.size)]

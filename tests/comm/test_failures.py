@@ -1,0 +1,191 @@
+"""A rank fails in the middle of a call: the others end within seconds, with its words.
+
+Each case is a program of its own under mpirun, because it ends in a crash.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mpi_launcher import Finished, run_mpi
+
+OPENING = """
+import os, signal, sys, time
+import numpy as np
+from mpi4py import MPI
+import fivedp
+from fivedp.ops import execution
+comm = MPI.COMM_WORLD
+rank, size = comm.rank, comm.size
+a, b = np.ones((64, 8), np.float32), np.ones((8, 64), np.float32)
+def multiply(**keywords):
+    return fivedp.sharded_matmul(a, b, "m k/p, k/p n -> m n", comm, **keywords)
+def say(text):
+    sys.stdout.write(f"rank {rank}: {text}\\n")
+    sys.stdout.flush()
+def break_multiplication(how):
+    # Inside the call: headers are agreed, the others already wait for this rank's partial sums.
+    def broken(self, stage):
+        how()
+    execution._Run._multiply = broken
+multiply()
+"""
+CATCH = """
+begin = time.monotonic()
+try:
+    multiply()
+    say("no error")
+except BaseException as error:
+    say(f"caught {type(error).__name__} after {time.monotonic() - begin:.1f} s: {error}")
+"""
+
+
+def run(program: str, n_ranks: int = 3, *, catch: bool = True, timeout: float = 40.0, **env: str) -> Finished:
+    done = run_mpi(n_ranks, OPENING + program + (CATCH if catch else "multiply()\n"), timeout=timeout, env=env)
+    print(f"exit status {done.returncode} after {done.seconds:.1f} s, ended: {done.ended_because}\n{done.output}")
+    assert not done.timed_out, done.output
+    return done
+
+
+def caught(done: Finished) -> dict[int, tuple[str, float, str]]:
+    """What each rank caught: rank -> (type, seconds, text)."""
+    found = re.findall(r"^rank (\d+): caught (\w+) after ([\d.]+) s: (.*)$", done.stdout, re.M)
+    return {int(rank): (kind, float(seconds), text) for rank, kind, seconds, text in found}
+
+
+def test_uncaught_exception_ends_the_job_with_its_traceback() -> None:
+    done = run(
+        "def how():\n    raise RuntimeError('seeded fault')\nif rank == 1:\n    break_multiplication(how)\n",
+        catch=False,
+    )
+    assert done.returncode != 0
+    assert "fivedp: rank 1 raised, the job ends" in done.stderr
+    assert "RuntimeError: seeded fault" in done.stderr
+    assert "in how" in done.stderr
+    assert done.seconds < 15
+
+
+def test_uncaught_exception_outside_a_call_ends_the_job() -> None:
+    done = run("if rank == 2:\n    {}['seeded']\n", catch=False)
+    assert done.returncode != 0
+    assert "fivedp: rank 2 raised, the job ends" in done.stderr
+    assert "KeyError: 'seeded'" in done.stderr
+    assert done.seconds < 15
+
+
+def test_exception_in_the_middle_reaches_the_others() -> None:
+    done = run(
+        "def how():\n    raise MemoryError('seeded fault')\nif rank == 1:\n    break_multiplication(how)\n" + CATCH
+    )
+    first = [line for line in done.stdout.splitlines() if "caught" in line]
+    kinds = {int(line.split()[1][:-1]): line for line in first[::-1]}
+    assert "caught MemoryError" in kinds[1] or "caught PeerError" in kinds[1]
+    everything = "\n".join(first)
+    assert everything.count("caught MemoryError") == 1
+    for rank in (0, 2):
+        mine = [line for line in first if line.startswith(f"rank {rank}:")]
+        assert "PeerError" in mine[0], mine
+        assert "rank 1: MemoryError: seeded fault" in mine[0], mine
+        assert float(re.search(r"after ([\d.]+) s", mine[0])[1]) < 5  # type: ignore[index]
+        # The second call does not hang, nor give a wrong result.
+        assert "PeerError" in mine[1], mine
+        assert "can't be used any more" in mine[1], mine
+
+
+def test_memory_that_cannot_be_had_for_the_result() -> None:
+    done = run(
+        "from types import SimpleNamespace\n"
+        "import fivedp.ops.matmul as matmul\n"
+        "def empty(*arguments, **keywords):\n    raise MemoryError('seeded fault')\n"
+        "if rank == 0:\n"
+        "    for call in fivedp.comm.grid.grid_of(comm).calls.values():\n"
+        "        call.xp = SimpleNamespace(empty=empty)\n"
+    )
+    found = caught(done)
+    assert found[0][0] == "MemoryError"
+    for rank in (1, 2):
+        assert found[rank][0] == "PeerError"
+        assert "rank 0: MemoryError: seeded fault" in found[rank][2]
+        assert found[rank][1] < 5
+
+
+def test_interrupt_while_computing_reaches_the_others() -> None:
+    done = run(
+        "def how():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(1)\n"
+        "if rank == 0:\n    break_multiplication(how)\n"
+    )
+    found = caught(done)
+    assert found[0][0] == "KeyboardInterrupt"
+    for rank in (1, 2):
+        assert found[rank][0] == "PeerError"
+        assert "rank 0: KeyboardInterrupt" in found[rank][2]
+
+
+@pytest.mark.parametrize("place", ["before the call", "inside the call"])
+def test_rank_that_exits(place: str) -> None:
+    leave = "how()" if place == "before the call" else "break_multiplication(how)"
+    done = run(f"def how():\n    sys.exit(0)\nif rank == 2:\n    {leave}\n")
+    found = caught(done)
+    others = (0, 1)
+    if place == "inside the call":
+        # The exit passes through the call as an exception, and this program catches it.
+        assert found[2][0] == "SystemExit"
+        for rank in others:
+            assert found[rank][0] == "PeerError"
+            assert "rank 2: SystemExit" in found[rank][2]
+    else:
+        for rank in others:
+            assert found[rank][0] == "PeerError", found
+            assert "rank 2 exited while rank" in found[rank][2]
+    assert all(found[rank][1] < 6 for rank in others), found
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os._exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_rank_that_dies(end: str) -> None:
+    done = run(f"def how():\n    {end}\nif rank == 1:\n    break_multiplication(how)\n")
+    found = caught(done)
+    # The launcher may end the others first; where it does not, they know.
+    for rank, (kind, seconds, text) in found.items():
+        assert kind == "PeerError", found
+        assert "rank 1 died while rank" in text, found
+        assert seconds < 6, f"rank {rank}: {found}"
+    assert found or done.returncode != 0
+    assert done.seconds < 25
+
+
+def test_silent_rank_is_named_at_the_deadline() -> None:
+    done = run("if rank == 1:\n    time.sleep(8)\n", FIVEDP_TIMEOUT="2")
+    found = caught(done)
+    for rank in (0, 2):
+        kind, seconds, text = found[rank]
+        assert kind == "PeerError"
+        assert "waited 2 s (FIVEDP_TIMEOUT) for rank 1" in text
+        assert 1.9 < seconds < 5
+    assert found[1][0] == "PeerError", found
+
+
+def test_wrong_deadline_is_told() -> None:
+    done = run("", FIVEDP_TIMEOUT="soon", catch=False)
+    assert done.returncode != 0
+    assert "FIVEDP_TIMEOUT is 'soon'; expected a positive number of seconds" in done.stderr
+
+
+def test_slow_rank_is_waited_for() -> None:
+    done = run("if rank == 1:\n    time.sleep(3)\n", FIVEDP_TIMEOUT="30")
+    assert done.returncode == 0
+    assert done.stdout.count("no error") == 3
+
+
+def test_different_numbers_of_calls_end_the_job() -> None:
+    done = run("if rank == 0:\n    say('left')\nelse:\n    multiply()\n    multiply()\n", catch=False)
+    assert done.returncode != 0
+    assert "rank 0 exited while rank" in done.stderr
+    assert done.seconds < 25
+
+
+def test_caught_failures_leave_a_clean_exit() -> None:
+    done = run("def how():\n    raise ValueError('seeded fault')\nif rank == 1:\n    break_multiplication(how)\n")
+    assert len(caught(done)) == 3
+    assert done.seconds < 25
