@@ -24,7 +24,7 @@ class Agreement:
         self.group = group
         self._mine = np.zeros(HEADER_BYTES, dtype=np.uint8)
         self._all = np.zeros((group.size, HEADER_BYTES), dtype=np.uint8)
-        data, tag = group.grid.data, 8 * group.channel + _TAG
+        data, tag = group.grid.data, 16 * group.channel + _TAG
         self._requests: list[MPI.Prequest] = []
         self._peers: list[int] = []
         for index, member in enumerate(group.members):

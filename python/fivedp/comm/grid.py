@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from fivedp.comm import shared_window
 from fivedp.comm.launch_check import check_launch
+from fivedp.comm.shared_window import SharedWindow
 from fivedp.comm.traffic import Traffic
 from fivedp.comm.watchdog import Watchdog, timed_wait, watch_process
 from fivedp.errors import LayoutError
@@ -43,6 +45,10 @@ class RankGrid:
         Private duplicates: payload, and notices of failure.
     traffic : Traffic
         Bytes this rank has sent.
+    on_node : list of int
+        The ranks on this node.
+    shared : SharedWindow or None
+        Memory that they share, where there is any.
     """
 
     def __init__(self, comm: MPI.Intracomm, names: tuple[str, ...], sizes: tuple[int, ...]) -> None:
@@ -54,33 +60,34 @@ class RankGrid:
         timed_wait([request], "the duplicate of the communicator that carries data")
         self.control, request = comm.Idup()
         timed_wait([request], "the duplicate of the communicator that carries notices")
-        self.pids = self._exchange_pids()
+        self._exchange_nodes()
         self.traffic = Traffic(names, self.coords, self.rank)
-        self.watchdog = Watchdog(self.control, self.pids)
+        crowded = len(self.on_node) > len(os.sched_getaffinity(0))
+        self.watchdog = Watchdog(self.control, self.pids, crowded)
+        self.cache: dict[str, Any] = {}
         self.calls: dict[Any, Any] = {}
         """Calls seen before, kept by the operations."""
         self._groups: dict[tuple[str, ...], Group] = {}
         watch_process(self.watchdog)
 
-    def _exchange_pids(self) -> list[int]:
-        """The process number of every rank that this rank can see on its own node, else 0."""
+    def _exchange_nodes(self) -> None:
+        """Find out which ranks are on this node, their process numbers where visible, and make the shared window."""
         host = zlib.crc32(socket.gethostname().encode())
-        mine = np.array([host, os.getpid()], dtype=np.int64)
-        everyone = np.empty((self.size, 2), dtype=np.int64)
+        mine = np.array([host, os.getpid(), shared_window.wanted()], dtype=np.int64)
+        everyone = np.empty((self.size, 3), dtype=np.int64)
         timed_wait([self.data.Iallgather(mine, everyone)], "the process numbers of all ranks")
-        self.ranks_on_node = int((everyone[:, 0] == host).sum())
-        pids = []
-        for other_host, pid in everyone.tolist():
-            visible = other_host == host and pid != os.getpid()
-            if visible:
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:  # another process namespace: its number means nothing here
-                    visible = False
-                except PermissionError:
-                    pass
-            pids.append(pid if visible else 0)
-        return pids
+        self.on_node = [rank for rank in range(self.size) if everyone[rank, 0] == host]
+        self.pids = [
+            int(pid) if rank in self.on_node and _visible(int(pid)) else 0 for rank, pid in enumerate(everyone[:, 1])
+        ]
+        self.shared: SharedWindow | None = None
+        if self.size > 1 and everyone[:, 2].all():
+            node = self.data.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+            # Hosts of one name that share no memory (containers) would disagree here, and then all use messages.
+            agree = np.array([node.Get_size() == len(self.on_node) > 1], dtype=np.int64)
+            timed_wait([self.data.Iallreduce(MPI.IN_PLACE, agree, MPI.MIN)], "the layout of the nodes")
+            if agree[0]:
+                self.shared = SharedWindow(node, {rank: i for i, rank in enumerate(self.on_node)})
 
     def group(self, axes: tuple[str, ...]) -> Group:
         """The group of this rank over `axes` (as `resolve_axes` returns them)."""
@@ -93,6 +100,19 @@ class RankGrid:
     def everyone(self) -> Group:
         """The group of all ranks, whatever the axes."""
         return self.group(self.names)
+
+
+def _visible(pid: int) -> bool:
+    """Whether `pid` is another process that this one can watch; in another process namespace it means nothing."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class Group:

@@ -2,34 +2,45 @@
 
 Arrays travel as bytes, so every element type is one path and no message needs a datatype. A message above
 `MAX_MESSAGE_BYTES` is cut, for counts are 32-bit integers in many an MPI. A box that is not contiguous is packed into a
-buffer from the pool; one that is travels from where it lies. Device arrays pass through host buffers.
+buffer from the pool; one that is travels from where it lies. Between ranks of one node large boxes are read in place,
+from a shared window. Device arrays pass through host buffers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from mpi4py import MPI
 
+from fivedp.comm import shared_window
 from fivedp.comm.grid import Group
+from fivedp.comm.shared_window import NOTE_WORDS
 
 Array = Any
+Buffer = npt.NDArray[np.uint8]
 MAX_MESSAGE_BYTES = 1 << 30
 # Buffers kept for the next call; a product of 4096 needs less than this at any rank count.
 _POOL_BYTES = 64 << 20
+# Tags of a group are 16 apart: `tag` carries payload or the note of a shared box, `tag + 8` what did not fit.
+_TAGS_PER_CHANNEL = 16
+_OVERFLOW = 8
+_PROBE_TAG = 15
+_SHARED, _BY_MESSAGE = 0, 1
 
 
 class BufferPool:
     """Host buffers that are used again, for fresh pages cost as much as the copy into them."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[np.ndarray[Any, Any]]] = {}
+        self._free: dict[int, list[Buffer]] = {}
         self._kept = 0
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], Buffer]:
         """(array, buffer): an uninitialised array and the buffer to give back."""
         n_bytes = math.prod(shape) * dtype.itemsize
         size = max(4096, -(-n_bytes // 65536) * 65536 if n_bytes > 65536 else 1 << max(0, n_bytes - 1).bit_length())
@@ -41,27 +52,60 @@ class BufferPool:
             buffer = np.empty(size, dtype=np.uint8)
         return buffer[:n_bytes].view(dtype).reshape(shape), buffer
 
-    def give(self, buffer: np.ndarray[Any, Any]) -> None:
+    def give(self, buffer: Buffer) -> None:
         """Return a buffer that nothing reads or writes any more."""
         if self._kept + buffer.size <= _POOL_BYTES:
             self._free.setdefault(buffer.size, []).append(buffer)
             self._kept += buffer.size
 
 
+@dataclass(slots=True)
+class Workspace:
+    """Memory for a result that will be sent: in the shared window where there is room, else from the pool."""
+
+    array: Array
+    extent: tuple[int, int] | None = None
+    buffer: Buffer | None = None
+
+
+@dataclass(slots=True)
 class Receipt:
     """An array that is on its way; `array` may be read after `Mailbox.wait`."""
 
-    __slots__ = ("array", "buffer", "peer", "requests", "target")
+    array: Array
+    peer: int
+    requests: list[MPI.Request]
+    target: Array | None = None
+    buffer: Buffer | None = None
+    note: npt.NDArray[np.int64] | None = None
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+    number: int = 0
+    cell: int | None = None
 
-    def __init__(
-        self,
-        array: Array,
-        buffer: np.ndarray[Any, Any] | None,
-        requests: list[MPI.Request],
-        peer: int,
-        target: Array | None,
-    ) -> None:
-        self.array, self.buffer, self.requests, self.peer, self.target = array, buffer, requests, peer, target
+
+@dataclass(slots=True)
+class _Sent:
+    """A message under way, and what comes free when it has been received."""
+
+    tag: int
+    stage: int
+    rank: int
+    requests: list[MPI.Request]
+    keep: Any
+    buffer: Buffer | None = None
+    cell: int | None = None
+    box: _Box | None = None
+
+
+@dataclass(slots=True)
+class _Box:
+    """A box copied into the shared window, and how many readers have not yet read it."""
+
+    array: Array
+    extent: tuple[int, int]
+    readers: int = 0
+    key: tuple[Any, ...] = field(default_factory=tuple)
 
 
 class Mailbox:
@@ -78,89 +122,207 @@ class Mailbox:
 
     def __init__(self, group: Group, what: str, xp: Any) -> None:
         self.group, self.what, self.xp = group, what, xp
+        grid = group.grid
         self._on_host = xp is np
-        pool = group.grid.__dict__.setdefault("buffer_pool", BufferPool())
-        self.pool: BufferPool = pool
-        self._sent: list[tuple[int, list[MPI.Request], int, np.ndarray[Any, Any] | None, Array]] = []
+        self._window = grid.shared if self._on_host else None
+        self.pool: BufferPool = grid.cache.setdefault("buffer_pool", BufferPool())
+        self._sent: list[_Sent] = []
+        self._boxes: dict[tuple[Any, ...], _Box] = {}
+        self._first_tag = _TAGS_PER_CHANNEL * group.channel
+
+    def _in_window(self, rank: int, n_bytes: int) -> bool:
+        """Whether a box goes through the shared window: both sides come to the same answer."""
+        window = self._window
+        return window is not None and n_bytes >= shared_window.MIN_BYTES and rank in window.node_rank_of
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def workspace(self, shape: tuple[int, ...], dtype: Any) -> Workspace:
+        """Memory in which to compute what will be sent."""
+        dtype = np.dtype(dtype)
+        if not self._on_host:
+            return Workspace(self.xp.empty(shape, dtype=dtype))
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if self._window is not None and n_bytes >= shared_window.MIN_BYTES:
+            extent = self._window.take(n_bytes)
+            if extent is not None:
+                return Workspace(self._window.array(extent, shape, dtype), extent=extent)
+        array, buffer = self.pool.take(shape, dtype)
+        return Workspace(array, buffer=buffer)
+
+    def give_workspace(self, workspace: Workspace) -> None:
+        """Return a workspace of which every message has been received."""
+        if workspace.extent is not None and self._window is not None:
+            self._window.give(workspace.extent)
+        if workspace.buffer is not None:
+            self.pool.give(workspace.buffer)
 
     def send(self, array: Array, peer: int, tag: int, stage: int) -> None:
         """Send an array to a member; it must not change until a `flush` of its stage."""
         if not array.size:
             return
         group = self.group
-        rank, buffer = group.members[peer], None
-        host = array
+        rank = group.members[peer]
+        group.grid.traffic.count(rank, array.nbytes)
+        number = self._first_tag + tag
+        if self._in_window(rank, array.nbytes):
+            if self._send_note(array, rank, tag, stage):
+                return
+            note = np.full(NOTE_WORDS, _BY_MESSAGE, dtype=np.int64)
+            request = group.grid.data.Isend([note, MPI.INT64_T], rank, number)
+            self._sent.append(_Sent(tag, stage, rank, [request], note))
+            number += _OVERFLOW
+        buffer, host = None, array
         if not self._on_host:
             host = self.xp.asnumpy(array)
         elif not array.flags.c_contiguous:
             host, buffer = self.pool.take(array.shape, array.dtype)
             host[...] = array
-        flat = host.reshape(-1).view(np.uint8)
-        data, number = group.grid.data, 8 * group.channel + tag
-        requests = [data.Isend([part, MPI.BYTE], rank, number) for part in _cut(flat)]
-        group.grid.traffic.count(rank, flat.size)
-        self._sent.append((stage, requests, rank, buffer, host))
+        data = group.grid.data
+        requests = [data.Isend([part, MPI.BYTE], rank, number) for part in _cut(host.reshape(-1).view(np.uint8))]
+        self._sent.append(_Sent(tag, stage, rank, requests, host, buffer=buffer))
+
+    def _send_note(self, array: Array, rank: int, tag: int, stage: int) -> bool:
+        """Put a box into the shared window, where it is not there already, and say where; False if there is no room."""
+        window = self._window
+        assert window is not None
+        cell = window.take_cell()
+        if cell is None:
+            return False
+        box = None
+        offset = window.offset_of(array)
+        if offset is None:
+            key = (array.__array_interface__["data"][0], array.shape, array.strides, tag, stage)
+            box = self._boxes.get(key)
+            if box is None:
+                extent = window.take(array.nbytes)
+                if extent is None:
+                    window.give_cell(cell)
+                    return False
+                box = self._boxes[key] = _Box(window.array(extent, array.shape, array.dtype), extent, 0, key)
+                box.array[...] = array
+            box.readers += 1
+            array, offset = box.array, box.extent[0]
+        note = np.zeros(NOTE_WORDS, dtype=np.int64)
+        note[:3] = _SHARED, offset, cell
+        note[3 : 3 + array.ndim] = array.strides
+        window.window.Sync()
+        request = self.group.grid.data.Isend([note, MPI.INT64_T], rank, self._first_tag + tag)
+        self._sent.append(_Sent(tag, stage, rank, [request], note, cell=cell, box=box))
+        return True
+
+    def flush(self, stage: int | None = None, tags: tuple[int, ...] = ()) -> None:
+        """Wait until the messages with `tags` of all stages up to `stage` (every one by default) have been received."""
+        done, self._sent = self._sent, []
+        if stage is not None:
+            self._sent = [entry for entry in done if entry.stage > stage or entry.tag not in tags]
+            done = [entry for entry in done if entry.stage <= stage and entry.tag in tags]
+        if not done:
+            return
+        requests = [request for entry in done for request in entry.requests]
+        cells = [entry.cell for entry in done if entry.cell is not None]
+        read = self._window.my_cells if self._window is not None else None
+
+        def finished() -> bool:
+            return MPI.Request.Testall(requests) and (read is None or not cells or bool(read[cells].all()))
+
+        def missing() -> list[int]:
+            return sorted(
+                {
+                    entry.rank
+                    for entry in done
+                    if (read is not None and entry.cell is not None and not read[entry.cell])
+                    or not all(request.Test() for request in entry.requests)
+                }
+            )
+
+        self.group.grid.watchdog.wait_until(finished, missing, self.what)
+        for entry in done:
+            if entry.buffer is not None:
+                self.pool.give(entry.buffer)
+            if self._window is not None and entry.cell is not None:
+                self._window.give_cell(entry.cell)
+                if entry.box is not None:
+                    entry.box.readers -= 1
+                    if not entry.box.readers:
+                        self._window.give(entry.box.extent)
+                        del self._boxes[entry.box.key]
+
+    # -- receiving -------------------------------------------------------------------------------------------------
 
     def receive(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, target: Array | None = None) -> Receipt:
-        """Receive an array from a member, straight into `target` where that is contiguous."""
-        group = self.group
-        rank = group.members[peer]
+        """Receive an array from a member, into `target` where it is given."""
+        rank = self.group.members[peer]
+        dtype = np.dtype(dtype)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        number = self._first_tag + tag
+        if n_bytes and self._in_window(rank, n_bytes):
+            note = np.empty(NOTE_WORDS, dtype=np.int64)
+            request = self.group.grid.data.Irecv([note, MPI.INT64_T], rank, number)
+            return Receipt(None, rank, [request], target, note=note, shape=shape, dtype=dtype, number=number)
+        receipt = Receipt(None, rank, [], target, shape=shape, dtype=dtype, number=number)
+        self._post(receipt)
+        return receipt
+
+    def _post(self, receipt: Receipt) -> None:
+        """Post the receives of an ordinary message, straight into the target where that is contiguous."""
+        target = receipt.target
         if target is not None and self._on_host and target.flags.c_contiguous:
-            array, buffer, copy_to = target, None, None
+            receipt.array, receipt.target = target, None
         else:
-            array, buffer = self.pool.take(shape, np.dtype(dtype))
-            copy_to = target
-        requests: list[MPI.Request] = []
-        if array.size:
-            data, number = group.grid.data, 8 * group.channel + tag
-            flat = array.reshape(-1).view(np.uint8)
-            requests = [data.Irecv([part, MPI.BYTE], rank, number) for part in _cut(flat)]
-        return Receipt(array, buffer, requests, rank, copy_to)
+            receipt.array, receipt.buffer = self.pool.take(receipt.shape, receipt.dtype)
+        if receipt.array.size:
+            data = self.group.grid.data
+            flat = receipt.array.reshape(-1).view(np.uint8)
+            receipt.requests = [data.Irecv([part, MPI.BYTE], receipt.peer, receipt.number) for part in _cut(flat)]
 
     def wait(self, receipts: list[Receipt]) -> None:
-        """Wait until the arrays have arrived; copy those that could not be received in place."""
+        """Wait until the arrays can be read; copy those that have a target."""
+        self._wait_requests(receipts)
+        overflow = [receipt for receipt in receipts if receipt.note is not None and receipt.note[0] == _BY_MESSAGE]
+        for receipt in overflow:
+            receipt.number += _OVERFLOW
+            self._post(receipt)
+        self._wait_requests(overflow)
+        for receipt in receipts:
+            note = receipt.note
+            if note is not None and note[0] == _SHARED:
+                assert self._window is not None
+                strides = tuple(note[3 : 3 + len(receipt.shape)].tolist())
+                receipt.array = self._window.view(receipt.peer, int(note[1]), receipt.shape, strides, receipt.dtype)
+                receipt.cell = int(note[2])
+            elif not self._on_host and receipt.buffer is not None:
+                receipt.array = self.xp.asarray(receipt.array)
+            receipt.note = None
+            if receipt.target is not None:
+                receipt.target[...] = receipt.array
+                receipt.target = None
+                self.release(receipt)
+
+    def _wait_requests(self, receipts: list[Receipt]) -> None:
         requests = [request for receipt in receipts for request in receipt.requests]
         if requests:
             peers = [receipt.peer for receipt in receipts for _ in receipt.requests]
             self.group.grid.watchdog.wait(requests, peers, self.what)
-        for receipt in receipts:
-            if receipt.requests or receipt.target is not None:
+            for receipt in receipts:
                 receipt.requests = []
-                if not self._on_host:
-                    receipt.array = self.xp.asarray(receipt.array)
-                if receipt.target is not None:
-                    receipt.target[...] = receipt.array
-                    receipt.target = None
 
     def release(self, receipt: Receipt) -> None:
-        """Give the memory of a received array back; it is not read any more."""
+        """This rank has read the array for the last time."""
         if receipt.buffer is not None:
             self.pool.give(receipt.buffer)
             receipt.buffer = None
-
-    def flush(self, stage: int | None = None) -> None:
-        """Wait until the messages of all stages up to `stage` (every one by default) have left; free their buffers."""
-        if stage is None:
-            done, self._sent = self._sent, []
-        else:
-            done = [entry for entry in self._sent if entry[0] <= stage]
-            self._sent = [entry for entry in self._sent if entry[0] > stage]
-        if not done:
-            return
-        requests = [request for entry in done for request in entry[1]]
-        peers = [entry[2] for entry in done for _ in entry[1]]
-        self.group.grid.watchdog.wait(requests, peers, self.what)
-        for entry in done:
-            if entry[3] is not None:
-                self.pool.give(entry[3])
+        if receipt.cell is not None and self._window is not None:
+            self._window.acknowledge(receipt.peer, receipt.cell)
+            receipt.cell = None
 
     def progress(self) -> Callable[[], object]:
         """A function to call now and then while computing: MPI moves messages only inside its own calls."""
-        data, tag = self.group.grid.data, 8 * self.group.channel + 6
+        data, tag = self.group.grid.data, self._first_tag + _PROBE_TAG
         return lambda: data.Iprobe(MPI.ANY_SOURCE, tag)
 
 
-def _cut(flat: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+def _cut(flat: Buffer) -> list[Buffer]:
     if flat.size <= MAX_MESSAGE_BYTES:
         return [flat]
     return [flat[start : start + MAX_MESSAGE_BYTES] for start in range(0, flat.size, MAX_MESSAGE_BYTES)]

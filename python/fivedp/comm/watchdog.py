@@ -21,7 +21,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -53,22 +53,23 @@ def timeout_s() -> float:
 
 
 class _Idle:
-    """What to do between two polls: yield at first, then sleep, longer and longer."""
+    """What to do between two polls: yield at first, then sleep, longer and longer.
 
-    # Where ranks outnumber the cores, a rank that spins takes the core from a rank that computes.
-    yields = 40
-    shortest_s, longest_s = 20e-6, 1e-3
+    Where ranks outnumber the cores (`crowded`), a rank that polls takes the core from a rank that computes, so it
+    sleeps sooner and longer.
+    """
 
-    def __init__(self) -> None:
-        self.turns, self.pause = 0, self.shortest_s
+    def __init__(self, crowded: bool = True) -> None:
+        self.yields = 4 if crowded else 400
+        self.pause_s = 100e-6 if crowded else 20e-6
 
     def rest(self) -> None:
-        self.turns += 1
-        if self.turns <= self.yields:
+        if self.yields:
+            self.yields -= 1
             os.sched_yield()
         else:
-            time.sleep(self.pause)
-            self.pause = min(self.longest_s, 1.2 * self.pause)
+            time.sleep(self.pause_s)
+            self.pause_s = min(1e-3, 1.3 * self.pause_s)
 
 
 def timed_wait(requests: list[MPI.Request], what: str) -> None:
@@ -91,10 +92,12 @@ class Watchdog:
         A communicator that carries nothing but notices.
     pids : list of int
         Process numbers of the ranks on this node; 0 where the process can't be seen.
+    crowded : bool
+        Whether there are more ranks on this node than cores.
     """
 
-    def __init__(self, control: MPI.Intracomm, pids: list[int]) -> None:
-        self.control, self.pids = control, pids
+    def __init__(self, control: MPI.Intracomm, pids: list[int], crowded: bool) -> None:
+        self.control, self.pids, self._crowded = control, pids, crowded
         self.rank = control.Get_rank()
         self.broken: str | None = None
         self._channel, self._sequence, self._text = 0, 0, ""
@@ -131,6 +134,9 @@ class Watchdog:
             if not isinstance(error, (PeerError, LayoutError)):
                 self._tell(self._members, _FAILED, self._channel, self._sequence, self.broken)
 
+    def _idle(self) -> _Idle:
+        return _Idle(self._crowded)
+
     # -- waits -----------------------------------------------------------------------------------------------------
 
     def wait(
@@ -163,13 +169,28 @@ class Watchdog:
         LayoutError
             Where a peer waits for this rank in another call.
         """
-        test = MPI.Request.Testall
-        if test(requests):
+
+        def missing() -> list[int]:
+            return sorted({peer for request, peer in zip(requests, peers, strict=True) if not request.Test()})
+
+        self.wait_until(lambda: MPI.Request.Testall(requests), missing, what, header=header, patience_s=patience_s)
+
+    def wait_until(
+        self,
+        done: Callable[[], bool],
+        missing: Callable[[], list[int]],
+        what: str,
+        *,
+        header: bool = False,
+        patience_s: float | None = None,
+    ) -> None:
+        """As `wait`, for any condition; `missing` names the grid ranks that it still depends on."""
+        if done():
             return
-        idle, start = _Idle(), time.monotonic()
+        idle, start = self._idle(), time.monotonic()
         look, suspect = start + _LOOK_AFTER_S, start + _SUSPECT_AFTER_S
         patience = timeout_s() if patience_s is None else patience_s
-        while not test(requests):
+        while not done():
             idle.rest()
             now = time.monotonic()
             if now < look:
@@ -177,30 +198,27 @@ class Watchdog:
             look = now + _LOOK_AFTER_S
             if now > suspect:
                 suspect = now + _SUSPECT_AFTER_S
-                self._check_processes(requests, peers, what)
+                self._check_processes(missing(), what)
                 if header:
-                    self._tell(self._missing(requests, peers), _WAITING, self._channel, self._sequence, self._text)
-            self._look(requests, peers, what, header)
+                    self._tell(missing(), _WAITING, self._channel, self._sequence, self._text)
+            self._look(missing, what, header)
             if now - start > patience:
-                missing = ", ".join(map(str, self._missing(requests, peers)))
-                self._give_up(f"rank {self.rank} {what} and waited {patience:g} s (FIVEDP_TIMEOUT) for rank {missing}")
+                ranks = ", ".join(map(str, missing()))
+                self._give_up(f"rank {self.rank} {what} and waited {patience:g} s (FIVEDP_TIMEOUT) for rank {ranks}")
 
-    def _missing(self, requests: Sequence[MPI.Request], peers: Sequence[int]) -> list[int]:
-        return sorted({peer for request, peer in zip(requests, peers, strict=True) if not request.Test()})
-
-    def _check_processes(self, requests: Sequence[MPI.Request], peers: Sequence[int], what: str) -> None:
-        for peer in self._missing(requests, peers):
+    def _check_processes(self, missing: list[int], what: str) -> None:
+        for peer in missing:
             if self.pids[peer] and not _alive(self.pids[peer]):
                 self._give_up(f"rank {peer} died while rank {self.rank}, which {what}, waited for it")
 
-    def _look(self, requests: Sequence[MPI.Request], peers: Sequence[int], what: str, header: bool) -> None:
+    def _look(self, missing: Callable[[], list[int]], what: str, header: bool) -> None:
         self._read_notices()
         if not (self._left or self._failed or self._waiting):
             return
         for peer in self._members:
             if peer in self._failed:
                 self._give_up(f"the call ended on {self._failed[peer][2]}")
-        for peer in self._missing(requests, peers):
+        for peer in missing():
             if peer in self._left:
                 self._give_up(f"rank {peer} exited while rank {self.rank}, which {what}, waited for it")
             if header and peer in self._waiting:

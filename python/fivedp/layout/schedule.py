@@ -31,11 +31,15 @@ MIN_COLUMNS, MAX_COLUMNS = 256, 1024
 
 @dataclass(frozen=True)
 class Message:
-    """A box of A, B or C that moves between this rank and `peer` (numbered within the group) in stage `stage`."""
+    """A box of A, B or C that moves between this rank and `peer` (numbered within the group).
+
+    It is there in stage `stage`; an input is read for the last time in stage `last`.
+    """
 
     stage: int
     peer: int
     box: Box
+    last: int = -1
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ class Schedule:
         for tensor in "AB":
             if self.plan.moves(tensor):
                 sends[tensor] = [
-                    Message(panel.first, receiver, box)
+                    Message(panel.first, receiver, box, panel.last)
                     for receiver in range(self.n_ranks)
                     if receiver != self.rank and self.plan.holder(tensor, receiver, self.rank)
                     for panel in self.tilings[receiver].panels[tensor]

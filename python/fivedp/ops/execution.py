@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fivedp.comm.grid import Group
-from fivedp.comm.messages import Mailbox, Receipt
+from fivedp.comm.messages import Mailbox, Receipt, Workspace
 from fivedp.layout.plan import Plan
 from fivedp.layout.schedule import Panel, Schedule
 from fivedp.layout.shares import Box, local_slices
@@ -60,13 +60,14 @@ class Execution:
         return result
 
     @cached_property
-    def _sends_by_stage(self) -> dict[str, list[list[tuple[int, tuple[slice, ...]]]]]:
-        """For A and B, for each stage: (peer, slices of this rank's share)."""
+    def _sends_by_stage(self) -> dict[str, list[list[tuple[int, tuple[slice, ...], int]]]]:
+        """For A and B, for each stage: (peer, slices of this rank's share, the stage that reads them last)."""
         result = {}
         for tensor, messages in self.schedule.input_sends.items():
-            stages: list[list[tuple[int, tuple[slice, ...]]]] = [[] for _ in range(self.schedule.n_stages)]
+            stages: list[list[tuple[int, tuple[slice, ...], int]]] = [[] for _ in range(self.schedule.n_stages)]
             for message in messages:
-                stages[message.stage].append((message.peer, local_slices(message.box, self.owned[tensor])))
+                slices = local_slices(message.box, self.owned[tensor])
+                stages[message.stage].append((message.peer, slices, message.last))
             result[tensor] = stages
         return result
 
@@ -121,7 +122,7 @@ class _Run:
         self.finished_at_source = plan.total_nodes == 1 and beta == 0
         self.partial_dtype = out.dtype if self.finished_at_source else wire
         self.panels: dict[tuple[str, int], list[tuple[Box, Array | Receipt]]] = {}
-        self.partials: dict[int, tuple[Array, Any]] = {}
+        self.partials: dict[int, Workspace] = {}
         self.results: dict[int, list[tuple[Box, list[tuple[int, Receipt | None]]]]] = {}
         self.replicas: dict[int, list[Receipt]] = {}
         self.progress = None if execution.schedule.n_stages == 1 else mail.progress()
@@ -145,14 +146,14 @@ class _Run:
                 self.mail.wait(self.replicas.pop(stage))
         self.mail.flush()
         for partial in self.partials.values():
-            self.mail.pool.give(partial[1])
+            self.mail.give_workspace(partial)
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
     def _post_inputs(self, stage: int) -> None:
         x, mail = self.x, self.mail
-        # Sends of the stage before last have been asked for by now; their pack buffers come back.
-        mail.flush(stage - 2)
+        # What was last read two stages ago has been received by now; its buffers come back.
+        mail.flush(stage - 2, (_TAGS["A"], _TAGS["B"]))
         for tensor in x.moving:
             own = self.inputs[tensor]
             for number in x._panels_by_stage[tensor][stage]:
@@ -163,8 +164,8 @@ class _Run:
                     else:
                         entries.append((box, mail.receive(_shape(box), own.dtype, source, _TAGS[tensor])))
                 self.panels[tensor, number] = entries
-            for peer, slices in x._sends_by_stage[tensor][stage]:
-                mail.send(own[slices], peer, _TAGS[tensor], stage)
+            for peer, slices, last in x._sends_by_stage[tensor][stage]:
+                mail.send(own[slices], peer, _TAGS[tensor], last)
 
     def _parts(self, tensor: str, stage: int) -> tuple[tuple[Box, ...], Box, list[Array]]:
         """(boxes, panel, arrays): the parts of A or B that the tile of `stage` reads, arrived."""
@@ -232,12 +233,8 @@ class _Run:
         shape = (len(self.x.spans), *_shape(box))
         if self.finished_at_source and self._inside(box):
             return self.out[local_slices(box, self.x.owned["C"])][None]
-        if self.xp is np:
-            array, buffer = self.mail.pool.take(shape, np.dtype(self.partial_dtype))
-        else:
-            array, buffer = self.xp.empty(shape, dtype=self.partial_dtype), np.empty(0, dtype=np.uint8)
-        self.partials[stage] = (array, buffer)
-        return array
+        workspace = self.partials[stage] = self.mail.workspace(shape, self.partial_dtype)
+        return workspace.array
 
     def _inside(self, box: Box) -> bool:
         return all(o[0] <= i[0] and i[1] <= o[1] for i, o in zip(box, self.x.owned["C"], strict=True))
@@ -271,24 +268,24 @@ class _Run:
             target = self.out[local_slices(box, x.owned["C"])]
             if self.finished_at_source:
                 if receipts[0][1] is None and not self._inside(tiles[stage]):
-                    target[...] = self.partials[stage][0][0][local_slices(box, tiles[stage])]
+                    target[...] = self.partials[stage].array[0][local_slices(box, tiles[stage])]
             else:
                 self._add(stage, box, receipts, target)
             for _, receipt in receipts:
                 if receipt is not None:
                     mail.release(receipt)
         self._exchange_replicas(stage)
-        if stage in self.partials:
-            # The partial tile may still be on its way to slower ranks; it is freed when all of its messages have left.
-            mail.flush(stage)
-            mail.pool.give(self.partials.pop(stage)[1])
+        if stage - 1 in self.partials:
+            # Slower ranks may still read the tile of this stage; that of the stage before is free.
+            mail.flush(stage - 1, (_TAGS["C"],))
+            mail.give_workspace(self.partials.pop(stage - 1))
 
     def _add(self, stage: int, box: Box, receipts: list[tuple[int, Receipt | None]], target: Array) -> None:
         x = self.x
         found = []
         for peer, receipt in receipts:
             if receipt is None:
-                planes = self.partials[stage][0][(slice(None), *local_slices(box, x.schedule.tiling.boxes[stage]))]
+                planes = self.partials[stage].array[(slice(None), *local_slices(box, x.schedule.tiling.boxes[stage]))]
             else:
                 planes = receipt.array
             found += list(zip(x.plan.spans(peer), planes, strict=True))
