@@ -152,9 +152,14 @@ class Running:
             line = stream.readline()
             answer = json.loads(line) if line else {"error": f"rank {rank} went away; {self._said()}"}
             answers.append(answer)
-        for answer in answers:
-            if "missing" in answer or "error" in answer:
-                raise Missing(f"{self.name}: {answer.get('missing') or answer['error']}")
+        complaints = [
+            (rank, a.get("missing") or a["error"]) for rank, a in enumerate(answers) if {"missing", "error"} & set(a)
+        ]
+        if complaints:
+            # a rank that waited for another says so; the one it waited for knows more
+            complaints.sort(key=lambda complaint: "PeerError" in complaint[1])
+            rank, text = complaints[0]
+            raise Missing(f"{self.name}: {text}" + (f" (rank {rank})" if self.ranks > 1 else ""))
         return answers
 
     def seconds(self, repeats: int = 1, inner: int = 1) -> list[float]:
