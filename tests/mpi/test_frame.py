@@ -42,7 +42,7 @@ class Run:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         self.seconds = time.monotonic() - begin
@@ -113,7 +113,7 @@ def test_failing_rank_does_not_wait_for_ranks_that_wait_for_it(tmp_path: Path) -
         "    comm.Barrier()  # the others wait here\n",
     )
     assert run.status == 1
-    assert run.seconds < 30
+    assert run.seconds < 90
     assert "rank 1 of 3 ends the launch" in run.output
     assert "ValueError: seeded fault" in run.output
     assert "earlier fault" in run.output
@@ -127,15 +127,15 @@ def test_hang_is_ended_at_the_deadline(tmp_path: Path) -> None:
     run = Run(
         tmp_path,
         "RANKS = (2,)\n"
-        "TIMEOUT = 6\n"
+        "TIMEOUT = 20\n"
         "def test_hang(comm):\n"
         "    if comm.rank == 0:\n"
         "        comm.Recv(bytearray(1), source=1)\n",
     )
     assert run.status == 1
-    assert "deadline of 6 s passed" in run.output
+    assert "deadline of 20 s passed" in run.output
     assert re.search(r"stacks of rank 0 -----\n.*\n.*test_seeded.py\", line 5 in test_hang", run.output)
-    assert run.seconds < 30
+    assert run.seconds < 90
     assert run.left_behind(tmp_path) == []
 
 
@@ -145,7 +145,7 @@ def test_rank_that_leaves_is_named(tmp_path: Path, status: int) -> None:
         tmp_path,
         "import os\n"
         "RANKS = (3,)\n"
-        "TIMEOUT = 60\n"
+        "TIMEOUT = 200\n"
         "def test_leaves(comm):\n"
         "    if comm.rank == 1:\n"
         f"        os._exit({status})\n"
@@ -153,7 +153,7 @@ def test_rank_that_leaves_is_named(tmp_path: Path, status: int) -> None:
     )
     assert run.status == 1
     assert f"1 (tests/mpi/test_seeded.py::test_leaves, left with os._exit({status}))" in run.output
-    assert run.seconds < 40
+    assert run.seconds < 90
     assert run.left_behind(tmp_path) == []
 
 
@@ -162,7 +162,7 @@ def test_killed_rank_is_noticed_before_the_deadline(tmp_path: Path) -> None:
         tmp_path,
         "import os, signal\n"
         "RANKS = (2,)\n"
-        "TIMEOUT = 90\n"
+        "TIMEOUT = 200\n"
         "def test_killed(comm):\n"
         "    if comm.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -170,7 +170,7 @@ def test_killed_rank_is_noticed_before_the_deadline(tmp_path: Path) -> None:
     )
     assert run.status == 1
     assert "ended without finishing" in run.output or "has ended" in run.output
-    assert run.seconds < 40
+    assert run.seconds < 90
     assert run.left_behind(tmp_path) == []
 
 
