@@ -27,6 +27,8 @@ SINGLE_STAGE_BYTES = 256 * 1024
 # Heights and widths of tiles: enough rows to pay for packing B again, one or two of the kernel's own blocks of C.
 MIN_ROWS, MAX_ROWS = 256, 512
 MIN_COLUMNS, MAX_COLUMNS = 256, 1024
+# Elements of a tile of partial sums.
+MIN_TILE, MAX_TILE = 512 * 512, 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,10 @@ class Schedule:
             fitting = MAX_COLUMNS if "A" in moved else each // (depth * plan.itemsizes.b)
             columns = max(MIN_COLUMNS, min(MAX_COLUMNS, fitting))
         if "C" in moved and plan.total_nodes > 1:
-            partials = 2 * plan.total_nodes
+            # Two tiles of partial sums being added while the next is made; on one node the others' are read in place.
             rows = max(1, min(rows or MAX_ROWS, height))
-            fitting = self.budget_bytes // len(moved) // (partials * plan.itemsizes.partial * rows)
-            columns = min(columns or MAX_ROWS * MAX_COLUMNS // rows, max(MIN_ROWS * MIN_COLUMNS // rows, fitting))
+            fitting = self.budget_bytes // len(moved) // (4 * plan.itemsizes.partial * rows)
+            columns = min(columns or MAX_TILE // rows, max(MIN_TILE // rows, fitting))
         elif "C" in moved and not rows and not columns:
             rows = MAX_ROWS
         return rows, columns
