@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,3 +27,16 @@ def restore_threads() -> Iterator[None]:
     before = kernel.threads()
     yield
     kernel.set_threads(before)
+
+
+@pytest.fixture
+def backend_from(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Set FIVEDP_GEMM for one test; it is read once, so the answer is forgotten before and after."""
+
+    def choose(value: str) -> None:
+        monkeypatch.setenv("FIVEDP_GEMM", value)
+        kernel.gemm_backend.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    kernel.gemm_backend.cache_clear()

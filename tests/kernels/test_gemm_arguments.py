@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_threads_below_one_are_refused() -> None:
         kernel.set_threads(0)
 
 
-def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FIVEDP_GEMM", "magic")
+def test_an_unknown_backend_is_refused(backend_from: Callable[[str], None]) -> None:
+    backend_from("magic")
     with pytest.raises(ValueError, match="'fivedp' or 'blas'"):
         kernel.gemm_backend()

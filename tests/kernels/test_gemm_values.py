@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -169,8 +170,8 @@ def test_a_product_with_a_huge_stride() -> None:
     assert (c[:, 0] == view.sum(axis=1)).all()
 
 
-def test_blas_on_request(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FIVEDP_GEMM", "blas")
+def test_blas_on_request(rng: np.random.Generator, backend_from: Callable[[str], None]) -> None:
+    backend_from("blas")
     a, b = draw(rng, (20, 30), np.float32), draw(rng, (30, 25), np.float32)
     c = np.full((20, 25), np.nan, np.float32)
     gemm([a[:, :7], a[:, 7:]], b, c)

@@ -6,6 +6,7 @@ extension's products by NumPy's (fast where its BLAS is, without the promise on 
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any, Literal
@@ -17,8 +18,11 @@ def is_cupy(array: Any) -> bool:
     return cupy is not None and isinstance(array, cupy.ndarray)
 
 
+@functools.cache
 def gemm_backend() -> Literal["fivedp", "blas"]:
     """What multiplies NumPy arrays: the extension's own kernels, or NumPy's BLAS where FIVEDP_GEMM is ``blas``.
+
+    Asked once: a small product has no time to read the environment.
 
     Raises
     ------

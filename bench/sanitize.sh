@@ -1,0 +1,45 @@
+#!/bin/bash
+# Builds the extension with the address and undefined-behaviour sanitizers, and with the emulated AVX-512 kernels, in a
+# temporary directory, and runs the kernel tests under it. Exit status 0: nothing was found and every test passed.
+#
+#   bench/sanitize.sh [ISA ...]      default: what this machine would choose, then the emulated AVX-512 sets
+#
+# PYTHON names the interpreter (default: python); JOBS the compile jobs (default: 2). The installed package is left as it
+# is: a sitecustomize module puts the sanitized extension in its place for these processes and their children.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+cmake=cmake
+"$python" -c "import cmake" 2>/dev/null && cmake="$python -m cmake"
+$cmake -S "$root" -B "$work/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFIVEDP_SANITIZE=ON -DFIVEDP_TEST_ISAS=ON \
+    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$work/configure.log" || { cat "$work/configure.log"; exit 1; }
+$cmake --build "$work/build" --parallel "${JOBS:-2}" >"$work/build.log" || { tail -40 "$work/build.log"; exit 1; }
+
+mkdir "$work/path"
+cat >"$work/path/sitecustomize.py" <<EOF
+import glob
+import importlib.util
+import sys
+
+(file,) = glob.glob("$work/build/_cpu.*so")
+spec = importlib.util.spec_from_file_location("fivedp._cpu", file)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules["fivedp._cpu"] = module
+EOF
+
+export PYTHONPATH="$work/path${PYTHONPATH:+:$PYTHONPATH}"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:log_path=$work/found UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:log_path=$work/found
+# libstdc++ as well: the sanitizer looks for its exceptions before the first extension has loaded it.
+runtime="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so.6)"
+if [ $# -eq 0 ]; then set -- "" avx512_emulated avx512_bf16_emulated; fi
+for isa in "$@"; do
+    echo "== ${isa:-this machine}"
+    FIVEDP_ISA=$isa LD_PRELOAD="$runtime" "$python" -m pytest "$root/tests/kernels" -q -p no:cacheprovider -x ||
+        { status=$?; cat "$work"/found* 2>/dev/null || true; exit "$status"; }
+done
+echo "sanitizers: clean"
