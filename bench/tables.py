@@ -47,10 +47,11 @@ def machine(result: Result) -> str:
         for name, rate in ceiling["flops"].items()
     )
     link = ceiling.get("pingpong")
+    busy = f"; load {m['load']} before the start: other programs ran" if (m["load"] or 0) > 0.5 * m["cores"] else ""
     rows = [
         ["date, revision", f"{result['when']}, {m['revision'] or 'installed wheel'}"],
         ["CPU", f"{m['cpu']['model']}, {m['cores']} cores; kernels {m['isa']}; flags {' '.join(m['cpu']['flags'])}"],
-        ["ranks", f"{m['ranks']} x {m['threads']} thread(s), {m['nodes']} node(s)"],
+        ["ranks", f"{m['ranks']} x {m['threads']} thread(s), {m['nodes']} node(s){busy}"],
         ["MPI", f"{m['mpi']['name']} {m['mpi']['version']}, {m['mpi']['transport']}"],
         ["BLAS under NumPy", "; ".join(f"{b['library']} {b['version']} ({b['core']} kernels)" for b in m["blas"])],
         ["ceiling, arithmetic", rates],

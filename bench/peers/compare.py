@@ -55,6 +55,7 @@ def main() -> int:
         "kind": "fivedp.bench.peers",
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "cores": options.cores,
+        "load": round(os.getloadavg()[0], 1),
         "contests": [],
     }
     arena = Arena(rounds=options.rounds)

@@ -16,7 +16,7 @@ MACHINE = {
     "cpu": {"model": "a core", "flags": ["fma"], "cores": 2},
     "blas": [{"library": "openblas", "version": "0.3", "core": "Zen", "threads": 1}],
     "mpi": {"name": "MPICH", "version": "5.0", "standard": "4.1", "transport": "shm"},
-    "ranks": 2, "threads": 1, "cores": 2, "nodes": 1, "removed_variables": [],
+    "ranks": 2, "threads": 1, "cores": 2, "nodes": 1, "load": 0.1, "removed_variables": [],
 }  # fmt: skip
 CEILING = {"flops": {"float32": {"one_core": 1e11, "all": 2e11}}, "copy": 1e10,
            "pingpong": {"bandwidth": 5e9, "latency": 1e-6}}  # fmt: skip
@@ -121,6 +121,15 @@ def test_a_wrong_row_is_marked_and_counted() -> None:
     assert "WRONG: error 1 exceeds 0" in text
     assert report.summary(result) == "2 measured, 0 not run, 1 WRONG"
     assert report.summary(a_result(a_row())) == "1 measured, 0 not run, all right"
+
+
+def test_a_busy_machine_and_a_ceiling_that_is_none_are_said() -> None:
+    result = a_result(a_row(share_of_peak=1.2))
+    assert "busier" in report.summary(result)
+    assert "busier" not in report.summary(a_result(a_row(share_of_peak=0.99)))
+    assert not [line for line in report.heading(result) if line.startswith("load")]
+    result["machine"] = {**MACHINE, "load": 7.5}
+    assert [line for line in report.heading(result) if line.startswith("load      7.5")]
 
 
 def test_table_fits_a_hundred_and_twenty_columns() -> None:

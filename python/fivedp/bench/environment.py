@@ -181,6 +181,7 @@ def describe(comm: Any, threads: int) -> dict[str, Any]:
         "threads": threads,
         "cores": cores,
         "nodes": nodes,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "removed_variables": removed_variables(),
     }
     shared: dict[str, Any] = agree.collect(comm, record)[0]

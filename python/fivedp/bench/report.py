@@ -169,6 +169,8 @@ def heading(result: Result) -> list[str]:
     ]
     if machine["removed_variables"]:
         lines.append(f"removed   {', '.join(machine['removed_variables'])} (would have falsified a baseline)")
+    if (machine["load"] or 0) > 0.5 * machine["cores"]:
+        lines.append(f"load      {machine['load']} before the start: other programs run here, so rates mean little")
     flops = "   ".join(
         f"{short(name)} {rate['all'] / 1e9:.0f} GFLOP/s ({rate['one_core'] / 1e9:.0f} a core)"
         for name, rate in ceiling["flops"].items()
@@ -244,11 +246,14 @@ def row_lines(row: Row, paint: Paint) -> list[str]:
 
 
 def summary(result: Result) -> str:
-    """The last line: how many rows, how many wrong."""
+    """The last line: how many rows, how many wrong, and whether the ceiling was none."""
     rows, bad = result["rows"], wrong(result)
     skipped = sum(bool(row.get("skipped")) for row in rows)
     text = f"{len(rows) - skipped} measured, {skipped} not run, "
-    return text + (f"{len(bad)} WRONG" if bad else "all right")
+    text += f"{len(bad)} WRONG" if bad else "all right"
+    if any(row.get("share_of_peak", 0) > 1 for row in rows):
+        text += "; shares above 100%: the ceiling was measured while the machine was busier than later"
+    return text
 
 
 class Progress:
