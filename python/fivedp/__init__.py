@@ -5,17 +5,33 @@
 >>> a = fivedp.shard(np.ones((6, 4)), "m k/tp", MPI.COMM_WORLD)
 >>> b = fivedp.shard(np.ones((4, 5)), "k/tp n", MPI.COMM_WORLD)
 >>> c = fivedp.sharded_matmul(a, b, "m k/tp, k/tp n -> m n", MPI.COMM_WORLD)
+
+A name is loaded when it is first used: importing the package starts no MPI, so that `fivedp doctor` and `fivedp run`
+work where MPI does not.
 """
 
 from __future__ import annotations
 
-from fivedp.comm.mesh import Axis, Mesh
-from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError
-from fivedp.layout.explain import explain
-from fivedp.ops.matmul import sharded_matmul, sharded_matmul_backward
-from fivedp.ops.sharding import gather, shard
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fivedp.comm.mesh import Axis, Mesh
+    from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError
+    from fivedp.layout.explain import explain
+    from fivedp.ops.matmul import sharded_matmul, sharded_matmul_backward
+    from fivedp.ops.sharding import gather, shard
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "fivedp.comm.mesh": ("Axis", "Mesh"),
+    "fivedp.errors": ("DTypeError", "LayoutError", "MeshError", "PeerError", "ShapeError"),
+    "fivedp.layout.explain": ("explain",),
+    "fivedp.ops.matmul": ("sharded_matmul", "sharded_matmul_backward"),
+    "fivedp.ops.sharding": ("gather", "shard"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Axis",
@@ -32,3 +48,15 @@ __all__ = [
     "sharded_matmul",
     "sharded_matmul_backward",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fivedp' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

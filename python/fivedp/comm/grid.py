@@ -9,6 +9,7 @@ messages are never met.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -47,6 +48,8 @@ class RankGrid:
         Bytes this rank has sent.
     on_node : list of int
         The ranks on this node.
+    on_these_cores : int
+        How many of them may run on the same cores as this rank, itself included.
     shared : SharedWindow or None
         Memory that they share, where there is any.
     """
@@ -62,7 +65,7 @@ class RankGrid:
         timed_wait([request], "the duplicate of the communicator that carries notices")
         self._exchange_nodes()
         self.traffic = Traffic(names, self.coords, self.rank)
-        crowded = len(self.on_node) > len(os.sched_getaffinity(0))
+        crowded = self.on_these_cores > len(os.sched_getaffinity(0))
         self.watchdog = Watchdog(self.control, self.pids, crowded)
         self.cache: dict[str, Any] = {}
         self.calls: dict[Any, Any] = {}
@@ -71,23 +74,40 @@ class RankGrid:
         watch_process(self.watchdog)
 
     def _exchange_nodes(self) -> None:
-        """Find out which ranks are on this node, their process numbers where visible, and make the shared window."""
-        host = zlib.crc32(socket.gethostname().encode())
-        mine = np.array([host, os.getpid(), shared_window.wanted()], dtype=np.int64)
-        everyone = np.empty((self.size, 3), dtype=np.int64)
-        timed_wait([self.data.Iallgather(mine, everyone)], "the process numbers of all ranks")
-        self.on_node = [rank for rank in range(self.size) if everyone[rank, 0] == host]
-        self.pids = [
-            int(pid) if rank in self.on_node and _visible(int(pid)) else 0 for rank, pid in enumerate(everyone[:, 1])
-        ]
-        self.shared: SharedWindow | None = None
-        if self.size > 1 and everyone[:, 2].all():
-            node = self.data.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
-            # Hosts of one name that share no memory (containers) would disagree here, and then all use messages.
-            agree = np.array([node.Get_size() == len(self.on_node) > 1], dtype=np.int64)
-            timed_wait([self.data.Iallreduce(MPI.IN_PLACE, agree, MPI.MIN)], "the layout of the nodes")
-            if agree[0]:
-                self.shared = SharedWindow(node, {rank: i for i, rank in enumerate(self.on_node)})
+        """Find out which ranks are on this node and on this rank's cores, and map their shared window."""
+        cores = os.sched_getaffinity(0)
+        names = (socket.gethostname(), ",".join(map(str, sorted(cores))))
+        window = None
+        if self.size > 1 and shared_window.wanted():
+            with contextlib.suppress(OSError):
+                window = SharedWindow(self.rank)
+        mine = np.array(
+            [*(zlib.crc32(n.encode()) for n in names), os.getpid(), window.number if window else -1], np.int64
+        )
+        everyone = np.empty((self.size, mine.size), dtype=np.int64)
+        try:
+            timed_wait([self.data.Iallgather(mine, everyone)], "the process numbers of all ranks")
+            on_node = everyone[:, 0] == mine[0]
+            self.on_node = np.flatnonzero(on_node).tolist()
+            self.on_these_cores = int((on_node & (everyone[:, 1] == mine[1])).sum())
+            pids = [int(pid) for pid in everyone[:, 2]]
+            self.pids = [pid if on_node[rank] and _visible(pid) else 0 for rank, pid in enumerate(pids)]
+            self.shared = self._map_window(window, {r: (pids[r], int(everyone[r, 3])) for r in self.on_node})
+        finally:
+            if window is not None:
+                window.unlink()
+
+    def _map_window(self, window: SharedWindow | None, owners: dict[int, tuple[int, int]]) -> SharedWindow | None:
+        """The window with all segments of this node, or None on all ranks where any of them can't have it."""
+        mapped = window is not None and all(number >= 0 for _, number in owners.values())
+        if mapped and window is not None:
+            try:
+                window.attach(owners)
+            except OSError:  # hosts of one name that share no memory, such as two containers
+                mapped = False
+        everywhere = np.array([mapped], dtype=np.int64)
+        timed_wait([self.data.Iallreduce(MPI.IN_PLACE, everywhere, MPI.MIN)], "the mapping of the shared window")
+        return window if everywhere[0] else None
 
     def group(self, axes: tuple[str, ...]) -> Group:
         """The group of this rank over `axes` (as `resolve_axes` returns them)."""

@@ -133,7 +133,7 @@ class Mailbox:
     def _in_window(self, rank: int, n_bytes: int) -> bool:
         """Whether a box goes through the shared window: both sides come to the same answer."""
         window = self._window
-        return window is not None and n_bytes >= shared_window.MIN_BYTES and rank in window.node_rank_of
+        return window is not None and n_bytes >= shared_window.MIN_BYTES and window.reaches(rank)
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,6 @@ class Mailbox:
         note = np.zeros(NOTE_WORDS, dtype=np.int64)
         note[:3] = _SHARED, offset, cell
         note[3 : 3 + array.ndim] = array.strides
-        window.window.Sync()
         request = self.group.grid.data.Isend([note, MPI.INT64_T], rank, self._first_tag + tag)
         self._sent.append(_Sent(tag, stage, rank, [request], note, cell=cell, box=box))
         return True

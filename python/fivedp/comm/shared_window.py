@@ -1,71 +1,99 @@
-"""Payload between ranks of one node without copies: read where it lies, in an MPI shared-memory window.
+"""Payload between ranks of one node without copies: read where it lies, in memory that all of them have mapped.
 
-Every rank has a segment of the window. A sender puts a box into its segment once, however many ranks read it (a partial
-result is computed there in the first place), and each reader gets a note of 128 bytes: where the box lies and
-which cell to set when it has been read. The copy of a message is done by the cores that compute, so on one node what is
-not copied is time gained; eight readers of one panel share one copy in the last-level cache.
+Every rank has a segment. A sender puts a box into its segment once, however many ranks read it (a partial result is
+computed there in the first place), and each reader gets a note of 128 bytes: where the box lies and which cell to set
+when it has been read. The copy of a message is done by the cores that compute, so on one node what is not copied is
+time gained; eight readers of one panel share one copy in the last-level cache.
 
-A segment is a fixed amount of memory. What does not fit in it travels as an ordinary message.
+A segment is a fixed amount of memory. What does not fit in it travels as an ordinary message. The files behind the
+segments are unlinked as soon as all ranks have mapped them, so nothing is left behind, however a run ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import mmap
 import os
+import platform
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from mpi4py import MPI
 
 # Below this a message is cheaper than a note and an answer.
 MIN_BYTES = 32 << 10
+NOTE_WORDS = 16
+_FOLDER = "/dev/shm"
 _SEGMENT_BYTES = 24 << 20
 _CELLS = 4096
 _CELL_BYTES = 8 * _CELLS
 _GRAIN = 4096
-NOTE_WORDS = 16
+_numbers = itertools.count()
 
 
 def wanted() -> bool:
-    """Whether this process may use shared windows: `FIVEDP_SHARED` is not 0, and /dev/shm has room for segments."""
-    if os.environ.get("FIVEDP_SHARED", "1") == "0":
+    """Whether this process may share memory: `FIVEDP_SHARED` is not 0, and /dev/shm has room for the segments.
+
+    A cell is set by a plain store after the box has been read. That answer can't overtake the reading where stores keep
+    their order behind loads: on x86, not on every other machine.
+    """
+    if os.environ.get("FIVEDP_SHARED", "1") == "0" or platform.machine() not in ("x86_64", "AMD64"):
         return False
     try:
-        room = os.statvfs("/dev/shm")
+        room = os.statvfs(_FOLDER)
     except OSError:
         return False
     return room.f_bavail * room.f_frsize >= 2 * _SEGMENT_BYTES * (os.cpu_count() or 1)
 
 
 class SharedWindow:
-    """The segments of the ranks of one node.
+    """The segments of the ranks of one node, as one of them sees them.
 
-    Collective over `node` when it is made.
+    Made in three steps, for all ranks must have made theirs before any can map them, and mapped them before any name
+    can go: `SharedWindow(rank)`, `attach(owners)`, `unlink()`.
 
     Parameters
     ----------
-    node : MPI.Comm
-        Ranks that share memory.
-    node_rank_of : dict of int to int
-        For each rank of the grid that is on this node, its rank in `node`.
+    rank : int
+        This rank's number in the grid.
     """
 
-    def __init__(self, node: MPI.Comm, node_rank_of: dict[int, int]) -> None:
-        self.node_rank_of = node_rank_of
-        n_bytes = _CELL_BYTES + _SEGMENT_BYTES
-        self.window = MPI.Win.Allocate_shared(n_bytes, 1, comm=MPI.Intracomm(node))
-        self.window.Lock_all(MPI.MODE_NOCHECK)  # one epoch for good: Sync, the memory barrier, needs one
-        self._segments: dict[int, npt.NDArray[np.uint8]] = {}
-        for rank, node_rank in node_rank_of.items():
-            memory: Any = self.window.Shared_query(node_rank)[0]
-            self._segments[rank] = np.frombuffer(memory, dtype=np.uint8)
-        self._cells = {rank: s[:_CELL_BYTES].view(np.int64) for rank, s in self._segments.items()}
-        mine = next(rank for rank, node_rank in node_rank_of.items() if node_rank == node.Get_rank())
-        self.mine = self._segments[mine]
-        self.my_cells = self._cells[mine]
+    def __init__(self, rank: int) -> None:
+        self.rank, self.number = rank, next(_numbers)
+        self._path = _path(os.getpid(), self.number)
+        descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            os.ftruncate(descriptor, _CELL_BYTES + _SEGMENT_BYTES)
+            self.mine = _map(descriptor)
+        finally:
+            os.close(descriptor)
+        self._segments = {rank: self.mine}
+        self._cells: dict[int, npt.NDArray[np.int64]] = {}
+        self.my_cells = self._cells[rank] = self.mine[:_CELL_BYTES].view(np.int64)
         self._base = self.mine.__array_interface__["data"][0]
-        self._free = [(_CELL_BYTES, n_bytes)]
+        self._free = [(_CELL_BYTES, self.mine.size)]
         self._free_cells = list(range(_CELLS))
+
+    def attach(self, owners: dict[int, tuple[int, int]]) -> None:
+        """Map the segments of the other ranks: {rank: (process number, window number)}; OSError where one can't be."""
+        for rank, (pid, number) in owners.items():
+            if rank != self.rank:
+                descriptor = os.open(_path(pid, number), os.O_RDWR)
+                try:
+                    self._segments[rank] = _map(descriptor)
+                finally:
+                    os.close(descriptor)
+                self._cells[rank] = self._segments[rank][:_CELL_BYTES].view(np.int64)
+
+    def unlink(self) -> None:
+        """Take this rank's segment out of the file system; it lives on in those who have mapped it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def reaches(self, rank: int) -> bool:
+        """Whether a rank of the grid shares this memory."""
+        return rank in self._cells
 
     # -- the sender's side -----------------------------------------------------------------------------------------
 
@@ -94,7 +122,7 @@ class SharedWindow:
         self._free = merged
 
     def take_cell(self) -> int | None:
-        """A cell, cleared, that one reader sets when it has read."""
+        """A cell, cleared, that one reader sets when it has read; None where all are in use."""
         if not self._free_cells:
             return None
         cell = self._free_cells.pop()
@@ -128,5 +156,13 @@ class SharedWindow:
 
     def acknowledge(self, rank: int, cell: int) -> None:
         """Tell the sender that its box has been read."""
-        self.window.Sync()
         self._cells[rank][cell] = 1
+
+
+def _path(pid: int, number: int) -> str:
+    return f"{_FOLDER}/fivedp-{pid}-{number}"
+
+
+def _map(descriptor: int) -> npt.NDArray[np.uint8]:
+    memory: Any = mmap.mmap(descriptor, _CELL_BYTES + _SEGMENT_BYTES)
+    return np.frombuffer(memory, dtype=np.uint8)

@@ -9,6 +9,7 @@ The headers are the key of the cache: a call that was seen before goes from the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, RankGrid, grid_of, resolve_axes
 from fivedp.comm.mesh import Mesh
 from fivedp.errors import DTypeError, LayoutError, PeerError, ShapeError
+from fivedp.kernels import gemm
 from fivedp.layout.plan import ItemSizes, Plan, plan_family
 from fivedp.layout.spec import ProductSpec, parse_product
 from fivedp.ops.arguments import MAX_DIMENSIONS, ORDERS, WIRES, Arguments, array_kind, check_dtype, pack, verdict
@@ -165,6 +167,7 @@ def _matmul(
     except (AttributeError, TypeError):
         key, call = None, None
     if call is None:
+        share_cores(grid)
         call = _Call(grid, a, b, spec, out, alpha, beta, order, wire)
         if key is not None and call.error is None:
             if len(grid.calls) >= _MAX_CACHED:
@@ -191,6 +194,16 @@ def _matmul(
     if call.out_overlaps:
         out[...] = target
     return out
+
+
+def share_cores(grid: RankGrid) -> None:
+    """Give every rank its part of the cores, once per grid, unless someone has set the number of threads."""
+    if grid.cache.setdefault("cores_shared", False) or "FIVEDP_NUM_THREADS" in os.environ:
+        return
+    grid.cache["cores_shared"] = True
+    cores = len(os.sched_getaffinity(0))
+    if gemm.threads() == cores:
+        gemm.set_threads(max(1, cores // grid.on_these_cores))
 
 
 class _Call:
