@@ -42,7 +42,7 @@ def test_contract_spec_in_every_type_and_order(
     comm: MPI.Intracomm, seed: int, spec: str, axes: tuple[str, ...]
 ) -> None:
     rng = np.random.default_rng(seed)
-    for mesh in meshes(comm, axes, 3):
+    for mesh in meshes(comm, axes, 2):
         for dtype, order in itertools.product(DTYPES, ORDERS):
             check(mesh, spec, sizes_of(spec, rng, 1, 40), dtype, rng, order=order)
             alpha: complex = complex(rng.standard_normal(), 0.5) if dtype == C64 else float(rng.standard_normal())
@@ -53,7 +53,7 @@ def test_contract_spec_in_every_type_and_order(
 @pytest.mark.parametrize(("spec", "axes"), OTHERS)
 def test_other_specs(comm: MPI.Intracomm, seed: int, spec: str, axes: tuple[str, ...]) -> None:
     rng = np.random.default_rng(seed)
-    for mesh in meshes(comm, axes, 2):
+    for mesh in meshes(comm, axes, 1):
         for dtype in DTYPES:
             check(mesh, spec, sizes_of(spec, rng, 1, 14), dtype, rng, exact=True)
         check(mesh, spec, sizes_of(spec, rng, 5, 14), F32, rng, order="canonical")
