@@ -8,6 +8,7 @@ from a shared window. Device arrays pass through host buffers.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,6 +129,7 @@ class Mailbox:
         self.pool: BufferPool = grid.cache.setdefault("buffer_pool", BufferPool())
         self._sent: list[_Sent] = []
         self._boxes: dict[tuple[Any, ...], _Box] = {}
+        self._receiving: list[Receipt] = []
         self._first_tag = _TAGS_PER_CHANNEL * group.channel
 
     def _in_window(self, rank: int, n_bytes: int) -> bool:
@@ -258,9 +260,11 @@ class Mailbox:
         if n_bytes and self._in_window(rank, n_bytes):
             note = np.empty(NOTE_WORDS, dtype=np.int64)
             request = self.group.grid.data.Irecv([note, MPI.INT64_T], rank, number)
-            return Receipt(None, rank, [request], target, note=note, shape=shape, dtype=dtype, number=number)
-        receipt = Receipt(None, rank, [], target, shape=shape, dtype=dtype, number=number)
-        self._post(receipt)
+            receipt = Receipt(None, rank, [request], target, note=note, shape=shape, dtype=dtype, number=number)
+        else:
+            receipt = Receipt(None, rank, [], target, shape=shape, dtype=dtype, number=number)
+            self._post(receipt)
+        self._receiving.append(receipt)
         return receipt
 
     def _post(self, receipt: Receipt) -> None:
@@ -314,6 +318,15 @@ class Mailbox:
         if receipt.cell is not None and self._window is not None:
             self._window.acknowledge(receipt.peer, receipt.cell)
             receipt.cell = None
+
+    def abandon(self) -> None:
+        """The call has failed: take back the receives, and keep for good the memory that MPI may still touch."""
+        for receipt in self._receiving:
+            for request in receipt.requests:
+                if not request.Test():
+                    request.Cancel()
+        # MPI ends after Python has freed its objects; a reference that nobody gives back outlives both.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((self._receiving, self._sent, self._boxes)))
 
     def progress(self) -> Callable[[], object]:
         """A function to call now and then while computing: MPI moves messages only inside its own calls."""

@@ -16,6 +16,7 @@ a barrier; a rank that the others don't join says LEFT and goes.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import struct
 import sys
@@ -38,6 +39,8 @@ _NOTICE_TAG = 7
 _LOOK_AFTER_S = 0.02
 _SUSPECT_AFTER_S = 1.0
 _FAREWELL_S = 2.0
+# A launcher that is told to abort may drop what it has not yet forwarded: the traceback that says why.
+_FORWARD_S = 0.3
 
 
 def timeout_s() -> float:
@@ -316,6 +319,7 @@ def watch_process(watchdog: Watchdog) -> None:
             sys.stdout.flush()
             sys.stderr.write(f"fivedp: rank {rank} raised, the job ends\n{text}")
             sys.stderr.flush()
+            time.sleep(_FORWARD_S)
             MPI.COMM_WORLD.Abort(1)
 
         sys.excepthook = abort
@@ -324,5 +328,8 @@ def watch_process(watchdog: Watchdog) -> None:
 
 def _say_farewell() -> None:
     if not MPI.Is_finalized():
+        if any(watchdog.broken is not None for watchdog in _watched):
+            # A call ended halfway; MPI may wait for ever for the rest of its messages. It gets some seconds.
+            faulthandler.dump_traceback_later(3 * _FAREWELL_S, exit=True)
         for watchdog in _watched:
             watchdog.farewell()

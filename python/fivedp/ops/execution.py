@@ -88,7 +88,12 @@ class Execution:
             if self.schedule.tiling.boxes:
                 self.contraction.multiply(self._local_recipe, (a,), (b,), out, alpha=alpha, beta=beta)
             return
-        _Run(self, a, b, out, alpha, beta, wire, Mailbox(self.group, what, xp), xp).go()
+        mail = Mailbox(self.group, what, xp)
+        try:
+            _Run(self, a, b, out, alpha, beta, wire, mail, xp).go()
+        except BaseException:
+            mail.abandon()
+            raise
 
     @cached_property
     def _local_recipe(self) -> Recipe:

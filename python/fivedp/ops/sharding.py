@@ -156,6 +156,7 @@ def gather(x_local: Array, layout: str, mesh: Mesh | MPI.Intracomm, root: int | 
             mail.release(receipt)
         mail.flush()
     except BaseException as failure:
+        mail.abandon()
         grid.watchdog.fail(failure)
         raise
     return result
