@@ -31,6 +31,7 @@ _HOMES = {
     "fivedp.ops.matmul": ("sharded_matmul", "sharded_matmul_backward"),
     "fivedp.ops.sharding": ("gather", "shard"),
 }
+_PACKAGES = ("comm", "errors", "kernels", "layout", "ops")
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"fivedp.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'fivedp' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
