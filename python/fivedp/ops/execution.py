@@ -1,11 +1,12 @@
 """Carrying out a schedule on one rank's arrays: post, multiply, send, add, stage by stage.
 
-Everything that depends on sizes alone (slices, peers, which parts make up which panel) is worked out once and kept; a
-call walks through lists.
+Everything that depends on sizes alone (slices, shapes, peers, the order of sums) is worked out once per stage and kept
+in a `_Stage`; a call walks through lists.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +15,60 @@ import numpy as np
 from fivedp.comm.grid import Group
 from fivedp.comm.messages import Mailbox, Receipt, Workspace
 from fivedp.layout.plan import Plan
-from fivedp.layout.schedule import Panel, Schedule
+from fivedp.layout.schedule import Message, Schedule
 from fivedp.layout.shares import Box, local_slices
 from fivedp.ops.contraction import Contraction, Recipe, add_tree
 
 Array = Any
+Slices = tuple[slice, ...]
+Shape = tuple[int, ...]
 _TAGS = {"A": 2, "B": 3, "C": 4, "replica": 5}
+_INPUT_TAGS = (_TAGS["A"], _TAGS["B"])
+_RESULT_TAGS = (_TAGS["C"],)
 
 
-def _shape(box: Box) -> tuple[int, ...]:
+def _shape(box: Box) -> Shape:
     return tuple(stop - start for start, stop in box)
+
+
+@dataclass(slots=True)
+class _Part:
+    """A part of a panel: of this rank's share (`slices`) or on its way from `source`."""
+
+    box: Box
+    source: int
+    slices: Slices | None
+
+
+@dataclass(slots=True)
+class _Sum:
+    """A box of this rank's share that a stage finishes: the partial results that are added to it."""
+
+    target: Slices
+    own: Slices | None
+    """Where the box lies in this rank's own tile; None where it made no part of it."""
+    receives: list[tuple[int, Shape]]
+    order: list[tuple[int, int]]
+    """(sender, plane) of every partial result in the order of the tree; sender -1 is this rank."""
+    spans: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class _Stage:
+    """The work of one stage."""
+
+    panels: list[tuple[str, int, list[_Part]]] = field(default_factory=list)
+    sends: list[tuple[str, int, Slices, int]] = field(default_factory=list)
+    tile: Box | None = None
+    tile_in_share: Slices = ()
+    inside: bool = False
+    numbers: dict[str, int] = field(default_factory=dict)
+    release: list[tuple[str, int]] = field(default_factory=list)
+    result_sends: list[tuple[int, Slices]] = field(default_factory=list)
+    sums: list[_Sum] = field(default_factory=list)
+    replica_receives: list[tuple[int, Shape, Slices]] = field(default_factory=list)
+    replica_sends: list[tuple[int, Slices]] = field(default_factory=list)
+    recipes: list[Recipe] | None = None
 
 
 class Execution:
@@ -49,39 +94,6 @@ class Execution:
         self.moves_result = plan.moves("C")
         self.moving = [tensor for tensor in "AB" if plan.moves(tensor)]
 
-    @cached_property
-    def _splits_elsewhere(self) -> dict[str, list[bool]]:
-        """For A and B, for each panel: whether its parts differ in more than summed indices and must be joined."""
-        result = {}
-        for tensor, panels in self.schedule.panel_parts.items():
-            names = self.plan.family.layouts[tensor].names
-            kept = [place for place, name in enumerate(names) if name not in self.plan.family.spec.k]
-            result[tensor] = [len({tuple(box[p] for p in kept) for _, box in parts}) > 1 for parts in panels]
-        return result
-
-    @cached_property
-    def _sends_by_stage(self) -> dict[str, list[list[tuple[int, tuple[slice, ...], int]]]]:
-        """For A and B, for each stage: (peer, slices of this rank's share, the stage that reads them last)."""
-        result = {}
-        for tensor, messages in self.schedule.input_sends.items():
-            stages: list[list[tuple[int, tuple[slice, ...], int]]] = [[] for _ in range(self.schedule.n_stages)]
-            for message in messages:
-                slices = local_slices(message.box, self.owned[tensor])
-                stages[message.stage].append((message.peer, slices, message.last))
-            result[tensor] = stages
-        return result
-
-    @cached_property
-    def _panels_by_stage(self) -> dict[str, list[list[int]]]:
-        """For A and B, for each stage: the numbers of the panels that are read first in it."""
-        result = {}
-        for tensor in self.moving:
-            stages: list[list[int]] = [[] for _ in range(self.schedule.n_stages)]
-            for number, panel in enumerate(self.schedule.tiling.panels[tensor]):
-                stages[panel.first].append(number)
-            result[tensor] = stages
-        return result
-
     def run(self, a: Array, b: Array, out: Array, alpha: complex, beta: complex, wire: Any, xp: Any, what: str) -> None:
         """Multiply: `out` (this rank's share of C) becomes alpha * A B + beta * C. Collective over the group."""
         if not self.moving and not self.moves_result:
@@ -103,6 +115,80 @@ class Execution:
             (owned["A"],), plan.needed("A", rank), (owned["B"],), plan.needed("B", rank), self.spans[0]
         )
 
+    @cached_property
+    def stages(self) -> list[_Stage]:
+        """What this rank does in every stage."""
+        schedule, owned, mine = self.schedule, self.owned, self.group.index
+        stages = [_Stage() for _ in range(schedule.n_stages)]
+        for tensor in self.moving:
+            for number, parts in enumerate(schedule.panel_parts[tensor]):
+                panel = schedule.tiling.panels[tensor][number]
+                entries = [
+                    _Part(box, source, local_slices(box, owned[tensor]) if source == mine else None)
+                    for source, box in parts
+                ]
+                stages[panel.first].panels.append((tensor, number, entries))
+                stages[panel.last].release.append((tensor, number))
+            for message in schedule.input_sends[tensor]:
+                slices = local_slices(message.box, owned[tensor])
+                stages[message.stage].sends.append((tensor, message.peer, slices, message.last))
+        for number, tile in enumerate(schedule.tiling.boxes):
+            stage = stages[number]
+            stage.tile = tile
+            stage.inside = all(o[0] <= t[0] and t[1] <= o[1] for t, o in zip(tile, owned["C"], strict=True))
+            stage.tile_in_share = local_slices(tile, owned["C"]) if stage.inside else ()
+            stage.numbers = {tensor: schedule.tiling.panel_of[tensor][number] for tensor in "AB"}
+            if self.moves_result:
+                stage.result_sends = [
+                    (message.peer, (slice(None), *local_slices(message.box, tile)))
+                    for message in schedule.result_sends[number]
+                ]
+        if self.moves_result:
+            for number, stage in enumerate(stages):
+                stage.sums = [self._sum(group, stage.tile) for group in schedule.result_receives[number]]
+                stage.replica_receives = [
+                    (m.peer, _shape(m.box), local_slices(m.box, owned["C"])) for m in schedule.replica_receives[number]
+                ]
+                stage.replica_sends = [
+                    (m.peer, local_slices(m.box, owned["C"])) for m in schedule.replica_sends[number]
+                ]
+        return stages
+
+    def _sum(self, messages: list[Message], tile: Box | None) -> _Sum:
+        """The partial results that meet in one box of this rank's share, in the order of the tree."""
+        box, mine = messages[0].box, self.group.index
+        receives: list[tuple[int, Shape]] = []
+        found: list[tuple[tuple[int, int], int, int]] = []
+        own: Slices | None = None
+        for message in messages:
+            spans = self.plan.spans(message.peer)
+            sender = -1
+            if message.peer == mine:
+                assert tile is not None
+                own = (slice(None), *local_slices(box, tile))
+            else:
+                sender = len(receives)
+                receives.append((message.peer, (len(spans), *_shape(box))))
+            found += [(span, sender, plane) for plane, span in enumerate(spans)]
+        found.sort()
+        return _Sum(
+            target=local_slices(box, self.owned["C"]),
+            own=own,
+            receives=receives,
+            order=[(sender, plane) for _, sender, plane in found],
+            spans=[span for span, _, _ in found],
+        )
+
+    @cached_property
+    def must_join(self) -> dict[str, list[bool]]:
+        """For A and B, for each panel: whether its parts differ in more than summed indices and must be joined."""
+        result = {}
+        for tensor, panels in self.schedule.panel_parts.items():
+            names = self.plan.family.layouts[tensor].names
+            kept = [place for place, name in enumerate(names) if name not in self.plan.family.spec.k]
+            result[tensor] = [len({tuple(box[p] for p in kept) for _, box in parts}) > 1 for parts in panels]
+        return result
+
 
 class _Run:
     """One call of an `Execution`: the arrays, the messages under way and the buffers."""
@@ -120,199 +206,164 @@ class _Run:
         xp: Any,
     ) -> None:
         self.x, self.mail, self.xp = execution, mail, xp
+        self.stages = execution.stages
         self.inputs = {"A": a, "B": b}
         self.out, self.alpha, self.beta = out, alpha, beta
-        plan = execution.plan
         # The sum of one rank that needs no other rank's part can be finished where it is made.
-        self.finished_at_source = plan.total_nodes == 1 and beta == 0
+        self.finished_at_source = execution.plan.total_nodes == 1 and beta == 0
         self.partial_dtype = out.dtype if self.finished_at_source else wire
         self.panels: dict[tuple[str, int], list[tuple[Box, Array | Receipt]]] = {}
         self.partials: dict[int, Workspace] = {}
-        self.results: dict[int, list[tuple[Box, list[tuple[int, Receipt | None]]]]] = {}
+        self.results: dict[int, list[list[Receipt]]] = {}
         self.replicas: dict[int, list[Receipt]] = {}
-        self.progress = None if execution.schedule.n_stages == 1 else mail.progress()
+        self.progress = None if len(self.stages) == 1 else mail.progress()
 
     def go(self) -> None:
-        schedule = self.x.schedule
-        self._post_inputs(0)
-        for stage in range(schedule.n_stages):
-            if stage + 1 < schedule.n_stages:
+        n_stages, moves_result = len(self.stages), self.x.moves_result
+        if n_stages:
+            self._post_inputs(0)
+        for stage in range(n_stages):
+            if stage + 1 < n_stages:
                 self._post_inputs(stage + 1)
-            if self.x.moves_result:
+            if moves_result:
                 self._post_results(stage)
-            if stage < len(schedule.tiling.boxes):
+            if self.stages[stage].tile is not None:
                 self._multiply(stage)
-            if self.x.moves_result and stage > 0:
+            if moves_result and stage > 0:
                 self._finish(stage - 1)
-        if self.x.moves_result:
-            if schedule.n_stages:
-                self._finish(schedule.n_stages - 1)
-            for stage in list(self.replicas):
-                self.mail.wait(self.replicas.pop(stage))
+        if moves_result and n_stages:
+            self._finish(n_stages - 1)
+            for receipts in self.replicas.values():
+                self.mail.wait(receipts)
         self.mail.flush()
-        for partial in self.partials.values():
-            self.mail.give_workspace(partial)
+        for workspace in self.partials.values():
+            self.mail.give_workspace(workspace)
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
-    def _post_inputs(self, stage: int) -> None:
-        x, mail = self.x, self.mail
-        # What was last read two stages ago has been received by now; its buffers come back.
-        mail.flush(stage - 2, (_TAGS["A"], _TAGS["B"]))
-        for tensor in x.moving:
-            own = self.inputs[tensor]
-            for number in x._panels_by_stage[tensor][stage]:
-                entries: list[tuple[Box, Array | Receipt]] = []
-                for source, box in x.schedule.panel_parts[tensor][number]:
-                    if source == x.group.index:
-                        entries.append((box, own[local_slices(box, x.owned[tensor])]))
-                    else:
-                        entries.append((box, mail.receive(_shape(box), own.dtype, source, _TAGS[tensor])))
-                self.panels[tensor, number] = entries
-            for peer, slices, last in x._sends_by_stage[tensor][stage]:
-                mail.send(own[slices], peer, _TAGS[tensor], last)
+    def _post_inputs(self, number: int) -> None:
+        mail, stage = self.mail, self.stages[number]
+        if number > 1:
+            # What was last read two stages ago has been received by now; its buffers come back.
+            mail.flush(number - 2, _INPUT_TAGS)
+        for tensor, panel, parts in stage.panels:
+            own, tag = self.inputs[tensor], _TAGS[tensor]
+            self.panels[tensor, panel] = [
+                (part.box, mail.receive(_shape(part.box), own.dtype, part.source, tag))
+                if part.slices is None
+                else (part.box, own[part.slices])
+                for part in parts
+            ]
+        for tensor, peer, slices, last in stage.sends:
+            mail.send(self.inputs[tensor][slices], peer, _TAGS[tensor], last)
 
-    def _parts(self, tensor: str, stage: int) -> tuple[tuple[Box, ...], Box, list[Array]]:
-        """(boxes, panel, arrays): the parts of A or B that the tile of `stage` reads, arrived."""
+    def _arrived(self, tensor: str, panel: int) -> tuple[tuple[Box, ...], list[Array]]:
+        """(boxes, arrays): the parts of A or B that a tile reads."""
         x = self.x
-        tiling = x.schedule.tiling
-        number = tiling.panel_of[tensor][stage]
-        panel = tiling.panels[tensor][number]
         if tensor not in x.moving:
-            return (x.owned[tensor],), panel.box, [self.inputs[tensor]]
-        entries = self.panels[tensor, number]
+            return (x.owned[tensor],), [self.inputs[tensor]]
+        entries = self.panels[tensor, panel]
         waiting = [part for _, part in entries if isinstance(part, Receipt) and part.requests]
         if waiting:
             self.mail.wait(waiting)
-        if x._splits_elsewhere[tensor][number]:
-            entries = self.panels[tensor, number] = self._join(panel, entries, tensor)
+        if len(entries) > 1 and x.must_join[tensor][panel]:
+            entries = self.panels[tensor, panel] = [self._join(tensor, panel, entries)]
         arrays = [part.array if isinstance(part, Receipt) else part for _, part in entries]
-        return tuple(box for box, _ in entries), panel.box, arrays
+        return tuple(box for box, _ in entries), arrays
 
-    def _join(
-        self, panel: Panel, entries: list[tuple[Box, Array | Receipt]], tensor: str
-    ) -> list[tuple[Box, Array | Receipt]]:
+    def _join(self, tensor: str, panel: int, entries: list[tuple[Box, Array | Receipt]]) -> tuple[Box, Array]:
         """Copy the parts of a panel that is cut along more than the summed indices into one array."""
-        if len(entries) == 1:
-            return entries
-        joined = self.xp.empty(_shape(panel.box), dtype=self.inputs[tensor].dtype)
+        whole = self.x.schedule.tiling.panels[tensor][panel].box
+        joined = self.xp.empty(_shape(whole), dtype=self.inputs[tensor].dtype)
         for box, part in entries:
-            joined[local_slices(box, panel.box)] = part.array if isinstance(part, Receipt) else part
+            joined[local_slices(box, whole)] = part.array if isinstance(part, Receipt) else part
             if isinstance(part, Receipt):
                 self.mail.release(part)
-        return [(panel.box, joined)]
-
-    def _release_panels(self, stage: int) -> None:
-        tiling = self.x.schedule.tiling
-        for tensor in self.x.moving:
-            number = tiling.panel_of[tensor][stage]
-            if tiling.panels[tensor][number].last == stage:
-                for _, part in self.panels.pop((tensor, number)):
-                    if isinstance(part, Receipt):
-                        self.mail.release(part)
+        return whole, joined
 
     # -- tiles and results -----------------------------------------------------------------------------------------
 
-    def _multiply(self, stage: int) -> None:
-        x = self.x
-        box = x.schedule.tiling.boxes[stage]
-        a_boxes, a_panel, a = self._parts("A", stage)
-        b_boxes, b_panel, b = self._parts("B", stage)
-        recipes = [x.contraction.recipe(a_boxes, a_panel, b_boxes, b_panel, span) for span in x.spans]
-        multiply = x.contraction.multiply
+    def _multiply(self, number: int) -> None:
+        x, stage = self.x, self.stages[number]
+        a_boxes, a = self._arrived("A", stage.numbers["A"])
+        b_boxes, b = self._arrived("B", stage.numbers["B"])
+        if stage.recipes is None:
+            a_panel, b_panel = (x.schedule.tiling.panels[tensor][stage.numbers[tensor]].box for tensor in "AB")
+            stage.recipes = [x.contraction.recipe(a_boxes, a_panel, b_boxes, b_panel, span) for span in x.spans]
+        multiply, progress = x.contraction.multiply, self.progress
         if not x.moves_result:
-            target = self.out[local_slices(box, x.owned["C"])]
-            multiply(recipes[0], a, b, target, alpha=self.alpha, beta=self.beta, progress=self.progress)
+            target = self.out[stage.tile_in_share]
+            multiply(stage.recipes[0], a, b, target, alpha=self.alpha, beta=self.beta, progress=progress)
         else:
-            partial = self._partial(stage, box)
+            partial = self._partial(number)
             alpha = self.alpha if self.finished_at_source else 1.0
-            for plane, recipe in zip(partial, recipes, strict=True):
-                multiply(recipe, a, b, plane, alpha=alpha, progress=self.progress)
-            for message in x.schedule.result_sends[stage]:
-                inner = local_slices(message.box, box)
-                self.mail.send(partial[(slice(None), *inner)], message.peer, _TAGS["C"], stage)
-        self._release_panels(stage)
+            for plane, recipe in zip(partial, stage.recipes, strict=True):
+                multiply(recipe, a, b, plane, alpha=alpha, progress=progress)
+            for peer, slices in stage.result_sends:
+                self.mail.send(partial[slices], peer, _TAGS["C"], number)
+        for tensor, panel in stage.release:
+            for _, part in self.panels.pop((tensor, panel)):
+                if isinstance(part, Receipt):
+                    self.mail.release(part)
 
-    def _partial(self, stage: int, box: Box) -> Array:
-        """(subtrees, box): where the tile of `stage` goes before it is sent or added."""
-        shape = (len(self.x.spans), *_shape(box))
-        if self.finished_at_source and self._inside(box):
-            return self.out[local_slices(box, self.x.owned["C"])][None]
-        workspace = self.partials[stage] = self.mail.workspace(shape, self.partial_dtype)
+    def _partial(self, number: int) -> Array:
+        """(subtrees, tile): where a tile goes before it is sent or added."""
+        stage = self.stages[number]
+        if self.finished_at_source and stage.inside:
+            return self.out[stage.tile_in_share][None]
+        assert stage.tile is not None
+        shape = (len(self.x.spans), *_shape(stage.tile))
+        workspace = self.partials[number] = self.mail.workspace(shape, self.partial_dtype)
         return workspace.array
 
-    def _inside(self, box: Box) -> bool:
-        return all(o[0] <= i[0] and i[1] <= o[1] for i, o in zip(box, self.x.owned["C"], strict=True))
+    def _post_results(self, number: int) -> None:
+        mail, dtype, tag = self.mail, self.partial_dtype, _TAGS["C"]
+        self.results[number] = [
+            [
+                mail.receive(shape, dtype, peer, tag, self.out[total.target][None] if self.finished_at_source else None)
+                for peer, shape in total.receives
+            ]
+            for total in self.stages[number].sums
+        ]
 
-    def _post_results(self, stage: int) -> None:
-        x = self.x
-        groups = []
-        for messages in x.schedule.result_receives[stage]:
-            receipts: list[tuple[int, Receipt | None]] = []
-            for message in messages:
-                if message.peer == x.group.index:
-                    receipts.append((message.peer, None))
-                    continue
-                planes = len(x.plan.spans(message.peer))
-                target = None
-                if self.finished_at_source:
-                    target = self.out[local_slices(message.box, x.owned["C"])][None]
-                shape = (planes, *_shape(message.box))
-                receipts.append(
-                    (message.peer, self.mail.receive(shape, self.partial_dtype, message.peer, _TAGS["C"], target))
-                )
-            groups.append((messages[0].box, receipts))
-        self.results[stage] = groups
-
-    def _finish(self, stage: int) -> None:
+    def _finish(self, number: int) -> None:
         """Add the partial results of a stage into this rank's share, and hand it on to the replicas."""
-        x, mail = self.x, self.mail
-        tiles = x.schedule.tiling.boxes
-        for box, receipts in self.results.pop(stage):
-            mail.wait([receipt for _, receipt in receipts if receipt is not None])
-            target = self.out[local_slices(box, x.owned["C"])]
-            if self.finished_at_source:
-                if receipts[0][1] is None and not self._inside(tiles[stage]):
-                    target[...] = self.partials[stage].array[0][local_slices(box, tiles[stage])]
-            else:
-                self._add(stage, box, receipts, target)
-            for _, receipt in receipts:
-                if receipt is not None:
-                    mail.release(receipt)
-        self._exchange_replicas(stage)
-        if stage - 1 in self.partials:
+        mail, stage = self.mail, self.stages[number]
+        own = self.partials.get(number)
+        for total, receipts in zip(stage.sums, self.results.pop(number), strict=True):
+            if receipts:
+                mail.wait(receipts)
+            mine = own.array[total.own] if own is not None and total.own is not None else None
+            if not self.finished_at_source:
+                self._add(total, receipts, mine)
+            elif mine is not None:
+                self.out[total.target] = mine[0]
+            for receipt in receipts:
+                mail.release(receipt)
+        if stage.replica_receives or stage.replica_sends:
+            self._exchange_replicas(number)
+        if number - 1 in self.partials:
             # Slower ranks may still read the tile of this stage; that of the stage before is free.
-            mail.flush(stage - 1, (_TAGS["C"],))
-            mail.give_workspace(self.partials.pop(stage - 1))
+            mail.flush(number - 1, _RESULT_TAGS)
+            mail.give_workspace(self.partials.pop(number - 1))
 
-    def _add(self, stage: int, box: Box, receipts: list[tuple[int, Receipt | None]], target: Array) -> None:
-        x = self.x
-        found = []
-        for peer, receipt in receipts:
-            if receipt is None:
-                planes = self.partials[stage].array[(slice(None), *local_slices(box, x.schedule.tiling.boxes[stage]))]
-            else:
-                planes = receipt.array
-            found += list(zip(x.plan.spans(peer), planes, strict=True))
-        found.sort(key=lambda entry: entry[0])
-        arrays = [array for _, array in found]
+    def _add(self, total: _Sum, receipts: list[Receipt], mine: Array | None) -> None:
+        partials: list[Any] = [*(receipt.array for receipt in receipts), mine]  # sender -1 is the last: this rank
+        arrays = [partials[sender][plane] for sender, plane in total.order]
         if arrays[0].dtype.itemsize < 4:  # wire="same": partial results were rounded for the journey
             arrays = [array.astype(np.float32) for array in arrays]
-        add_tree(arrays, [span for span, _ in found], target, alpha=self.alpha, beta=self.beta)
+        add_tree(arrays, total.spans, self.out[total.target], alpha=self.alpha, beta=self.beta)
 
-    def _exchange_replicas(self, stage: int) -> None:
-        x, mail = self.x, self.mail
-        if x.plan.slice_index is None:
-            return
-        for earlier in [s for s in self.replicas if s < stage]:
+    def _exchange_replicas(self, number: int) -> None:
+        mail, stage, tag = self.mail, self.stages[number], _TAGS["replica"]
+        for earlier in [s for s in self.replicas if s < number]:
             mail.wait(self.replicas.pop(earlier))
-        owned = x.owned["C"]
-        self.replicas[stage] = [
-            mail.receive(_shape(m.box), self.out.dtype, m.peer, _TAGS["replica"], self.out[local_slices(m.box, owned)])
-            for m in x.schedule.replica_receives[stage]
+        self.replicas[number] = [
+            mail.receive(shape, self.out.dtype, peer, tag, self.out[slices])
+            for peer, shape, slices in stage.replica_receives
         ]
-        for message in x.schedule.replica_sends[stage]:
-            mail.send(self.out[local_slices(message.box, owned)], message.peer, _TAGS["replica"], stage)
+        for peer, slices in stage.replica_sends:
+            mail.send(self.out[slices], peer, tag, number)
 
 
 def accumulator(dtype: Any) -> np.dtype[Any]:
