@@ -24,7 +24,7 @@ constexpr auto progress_interval = std::chrono::microseconds(1500);
 constexpr double smallest_parallel_product = 1 << 20;
 
 // Bytes of scratch per thread: open sums, one K block of B's panels and one strip of A.
-constexpr std::int64_t scratch_limit = 5 * 1024 * 1024;
+constexpr std::int64_t scratch_limit = 8 * 1024 * 1024;
 constexpr std::int64_t widest_block = 1024, highest_block = 1536;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
