@@ -4,7 +4,7 @@
 namespace fivedp {
 void bind_gemm(pybind11::module_& module);
 void bind_layout(pybind11::module_& module);
-}
+}  // namespace fivedp
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Local arithmetic on the CPU; see fivedp.kernels";
