@@ -146,6 +146,8 @@ class Group:
         Ranks of the grid, with the last axis fastest.
     index : int
         This rank's place among them.
+    in_place : bool
+        Whether all members share memory, so that they can read each other's boxes where they lie.
     channel : int
         A number that belongs to this set of axes; message tags are made of it.
     """
@@ -159,6 +161,7 @@ class Group:
         self.index = self.members.index(grid.rank)
         self.size = math.prod(self.sizes)
         self.channel = sum(1 << place for place in places)
+        self.in_place = grid.shared is not None and all(grid.shared.reaches(rank) for rank in self.members)
         self.cache: dict[str, Any] = {}
         places_of = dict(zip(axes, places, strict=True))
         self.numbering = (

@@ -73,10 +73,13 @@ class Schedule:
         This rank's number within the group.
     single_stage : bool or None
         Force one stage (no overlap) or many; None lets the bytes decide.
+    in_place : bool
+        Whether all ranks read each other's boxes where they lie: what others hold then takes no memory here, and tiles
+        can be larger.
     """
 
-    def __init__(self, plan: Plan, rank: int, *, single_stage: bool | None = None) -> None:
-        self.plan, self.rank = plan, rank
+    def __init__(self, plan: Plan, rank: int, *, single_stage: bool | None = None, in_place: bool = False) -> None:
+        self.plan, self.rank, self.in_place = plan, rank, in_place
         self.n_ranks = plan.family.n_ranks
         if single_stage is None:
             single_stage = plan.bytes_total <= SINGLE_STAGE_BYTES * self.n_ranks
@@ -115,25 +118,32 @@ class Schedule:
         moved = [t for t in "ABC" if plan.moves(t)]
         if self.single_stage or not moved:
             return 0, 0
-        depth = math.prod(max(1, stop - start) for start, stop in (brick[name] for name in plan.family.spec.k))
         height = self._length(brick, self.row_index)
         # Two panels of every moving operand in flight, each at most its part of the budget.
         each = self.budget_bytes // (2 * len(moved))
         rows = columns = 0
         if "A" in moved:
-            rows = max(MIN_ROWS, min(MAX_ROWS, each // (depth * plan.itemsizes.a)))
+            rows = max(MIN_ROWS, min(MAX_ROWS, each // (self._depth("A") * plan.itemsizes.a)))
         if "B" in moved:
             # Where A moves too, B's panels stay once they have come: narrow ones would save nothing.
-            fitting = MAX_COLUMNS if "A" in moved else each // (depth * plan.itemsizes.b)
+            fitting = MAX_COLUMNS if "A" in moved else each // (self._depth("B") * plan.itemsizes.b)
             columns = max(MIN_COLUMNS, min(MAX_COLUMNS, fitting))
         if "C" in moved and plan.total_nodes > 1:
-            # Two tiles of partial sums being added while the next is made; on one node the others' are read in place.
+            # Two tiles of partial sums are being added while the next is made; those of others may have to be received.
+            tiles = 4 if self.in_place else 2 * plan.total_nodes
             rows = max(1, min(rows or MAX_ROWS, height))
-            fitting = self.budget_bytes // len(moved) // (4 * plan.itemsizes.partial * rows)
+            fitting = self.budget_bytes // len(moved) // (tiles * plan.itemsizes.partial * rows)
             columns = min(columns or MAX_TILE // rows, max(MIN_TILE // rows, fitting))
         elif "C" in moved and not rows and not columns:
             rows = MAX_ROWS
         return rows, columns
+
+    def _depth(self, tensor: str) -> int:
+        """Summed elements in a row of A's panel (or column of B's) that take memory on one rank."""
+        plan, spec = self.plan, self.plan.family.spec
+        names = plan.family.layouts[tensor].names
+        box = plan.owned(tensor, 0) if self.in_place else plan.needed(tensor, 0)
+        return math.prod(max(1, box[names.index(name)][1] - box[names.index(name)][0]) for name in spec.k)
 
     @staticmethod
     def _length(brick: dict[str, Range], name: str | None) -> int:

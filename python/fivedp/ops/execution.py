@@ -84,7 +84,7 @@ class Execution:
 
     def __init__(self, plan: Plan, group: Group, *, single_stage: bool | None = None) -> None:
         self.plan, self.group = plan, group
-        self.schedule = Schedule(plan, group.index, single_stage=single_stage)
+        self.schedule = Schedule(plan, group.index, single_stage=single_stage, in_place=group.in_place)
         brick = plan.brick(group.index)
         spec = plan.family.spec
         self.contraction = Contraction(spec, plan.leaf_borders, {name: brick[name] for name in spec.k})
