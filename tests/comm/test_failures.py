@@ -151,7 +151,9 @@ def test_rank_that_dies(end: str) -> None:
         assert kind == "PeerError", found
         assert "rank 1 died while rank" in text, found
         assert seconds < 6, f"rank {rank}: {found}"
-    assert found or done.returncode != 0
+    # Hydra may take a rank that ends with status 0 for a success and end the others without a word.
+    assert found or done.returncode != 0 or end == "os._exit(0)"
+    assert "no error" not in done.stdout
     assert done.seconds < 25
 
 
