@@ -1,0 +1,59 @@
+"""What the documents say: links that resolve, plans that are still those printed, examples that run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import fivedp
+from mpi_launcher import run_mpi
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+EXAMPLES = sorted(path for path in ROOT.glob("docs/examples/*.py") if path.stem != "from_cupy")
+PLANS = [
+    (document.name, call, printed)
+    for document in DOCUMENTS
+    for call, printed in re.findall(r">>> print\(fivedp\.explain\(([^\n]*)\)\)\n(.*?)```", document.read_text(), re.S)
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_resolve(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+def test_documents_print_plans() -> None:
+    assert len(PLANS) >= 2
+
+
+@pytest.mark.parametrize(("document", "call", "printed"), PLANS, ids=lambda text: text[:30])
+def test_printed_plan_is_todays(document: str, call: str, printed: str) -> None:
+    spec, sizes, axes = ast.literal_eval(f"({call})")
+    assert fivedp.explain(spec, sizes, axes).strip() == printed.strip(), document
+
+
+def test_readme_shows_the_example_that_runs() -> None:
+    assert (ROOT / "docs/examples/from_numpy.py").read_text().strip() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 4])
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example: Path, n_ranks: int) -> None:
+    if example.stem == "from_numpy" and n_ranks != 4:
+        pytest.skip("its grid has four ranks")
+    done = run_mpi(n_ranks, example, timeout=90)
+    assert not done.timed_out, done.output
+    assert done.returncode == 0, done.output
+    if example.stem == "from_numpy":
+        assert "equal to a @ b: True" in done.stdout
+    if example.stem == "pca_digits" and importlib.util.find_spec("sklearn"):
+        errors = [float(text) for text in re.findall(r"variances (\S+),", done.stdout)]
+        assert len(errors) == 2
+        assert max(errors) < 1e-9
