@@ -209,10 +209,21 @@ def describe(plan: Plan) -> str:
         *(f"  step {i + 1}      {text}" for i, text in enumerate(steps(plan))),
         f"  bytes       {_bytes(per_rank)} sent per rank ({moved})",
         f"  least       {least} over {len(everything)} schedules of this spec; the dearest {most}",
+        *_canonical_price(plan),
         f"  bound       {_bytes(bound * plan.itemsizes.a)} for any layout of one copy of A, B and C",
         f"  buffers     {_bytes(schedule.buffer_bytes)} of panels on rank 0; its largest share is {_bytes(largest)}",
     ]
     return "\n".join(lines)
+
+
+def _canonical_price(plan: Plan) -> list[str]:
+    """What the same product would send with the same bits on every number of ranks."""
+    family = plan.family
+    if family.order == "canonical":
+        return []
+    canonical = plan_family(family.spec, family.axes, tuple(family.sizes.values()), "canonical")
+    n_bytes = canonical.plan([plan.sizes[name] for name in canonical.indices], plan.itemsizes).bytes_total
+    return [f"  canonical   {_bytes(n_bytes / family.n_ranks)} sent per rank with order=canonical"]
 
 
 def _bytes(number: float) -> str:
