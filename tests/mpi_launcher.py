@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGUSR1
+from types import SimpleNamespace
 
 import pytest
 
@@ -291,6 +292,24 @@ def test_names(source: str) -> list[str]:
     ]
 
 
+class FailureText:
+    """What a failed report shows: all of `text` once, and its first line in the summary.
+
+    A plain string would stand in the summary again, whole, where pytest takes the machine for a CI machine.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.reprcrash = SimpleNamespace(message=text.partition("\n")[0])
+
+    def __str__(self) -> str:
+        return self.text
+
+    def toterminal(self, writer: pytest.TerminalReporter) -> None:
+        for line in self.text.splitlines():
+            writer.line(line)
+
+
 class RanksFailed(Exception):
     """A launch whose tests failed, or that had to be ended; its text is what the ranks said."""
 
@@ -354,10 +373,10 @@ class RankItem(pytest.Item):
             raise RanksFailed(f"{title}\n{done.output}")
         self.add_report_section("call", f"{self.n_ranks} ranks", done.output)
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:  # type: ignore[override]
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> FailureText:  # type: ignore[override]
         if isinstance(excinfo.value, RanksFailed):
-            return str(excinfo.value)
-        return str(excinfo.getrepr())
+            return FailureText(str(excinfo.value))
+        return FailureText(str(excinfo.getrepr()))
 
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, 0, f"{self.path.name} on {self.n_ranks} rank{'s' * (self.n_ranks != 1)}"

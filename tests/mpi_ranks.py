@@ -36,7 +36,7 @@ from _pytest.runner import runtestprotocol
 from mpi4py import MPI
 
 from fivedp.comm.launch_check import check_launch
-from mpi_launcher import MPI_TESTS, RECORDS
+from mpi_launcher import MPI_TESTS, RECORDS, FailureText
 
 GRACE = float(os.environ.get("FIVEDP_TEST_GRACE", "10"))
 PATIENCE = float(os.environ.get("FIVEDP_TEST_PATIENCE", "180"))
@@ -215,7 +215,7 @@ class RankSide:
         for report in bad:
             report.outcome, report.longrepr = "passed", None
         verdict = bad[0] if bad else next((r for r in reports if r.when == "call"), reports[0])
-        verdict.outcome, verdict.longrepr = "failed", _labelled(texts) or "failed on another rank"
+        verdict.outcome, verdict.longrepr = "failed", FailureText(_labelled(texts) or "failed on another rank")
         if self.rank == 0 and self.folder is not None:
             # pytest tells at the end, which a later test may prevent.
             with open(self.folder / "failures", "a") as file:

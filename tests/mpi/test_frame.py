@@ -79,7 +79,11 @@ def test_passing_file_runs_once_per_rank_count(tmp_path: Path) -> None:
     assert "under mpirun: 4 passed in 2 launches" in run.output
 
 
-def test_failure_on_one_rank_fails_the_run_and_is_told_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_failure_on_one_rank_fails_the_run_and_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ci: str
+) -> None:
+    monkeypatch.setenv("CI", ci)  # where it is set, pytest does not cut the lines of its summary
     run = Run(
         tmp_path,
         "RANKS = (3,)\n"
@@ -94,7 +98,9 @@ def test_failure_on_one_rank_fails_the_run_and_is_told_once(tmp_path: Path) -> N
     assert "1 failed, 1 passed" in run.output
 
 
-def test_failure_on_all_ranks_is_told_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_failure_on_all_ranks_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ci: str) -> None:
+    monkeypatch.setenv("CI", ci)  # where it is set, pytest does not cut the lines of its summary
     run = Run(tmp_path, "RANKS = (3,)\ndef test_wrong(comm):\n    assert comm.size == 0, 'seeded fault'\n")
     assert run.status == 1
     assert "===== ranks 0, 1, 2 of 3 =====" in run.output
