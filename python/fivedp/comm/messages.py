@@ -28,10 +28,16 @@ MAX_MESSAGE_BYTES = 1 << 30
 # Buffers kept for the next call; a product of 4096 needs less than this at any rank count.
 _POOL_BYTES = 64 << 20
 # Tags of a group are 16 apart: `tag` carries payload or the note of a shared box, `tag + 8` what did not fit.
+TAGS = {"A": 2, "B": 3, "C": 4, "replica": 5}
 _TAGS_PER_CHANNEL = 16
 _OVERFLOW = 8
 _PROBE_TAG = 15
 _SHARED, _BY_MESSAGE = 0, 1
+
+
+def tag_number(group: Group, tag: int) -> int:
+    """The tag of MPI that stands for one of `TAGS` within a group."""
+    return _TAGS_PER_CHANNEL * group.channel + tag
 
 
 class BufferPool:
@@ -130,7 +136,7 @@ class Mailbox:
         self._sent: list[_Sent] = []
         self._boxes: dict[tuple[Any, ...], _Box] = {}
         self._receiving: list[Receipt] = []
-        self._first_tag = _TAGS_PER_CHANNEL * group.channel
+        self._first_tag = tag_number(group, 0)
 
     def _in_window(self, rank: int, n_bytes: int) -> bool:
         """Whether a box goes through the shared window: both sides come to the same answer."""

@@ -45,6 +45,11 @@ def volume(box: Box) -> int:
     return elements
 
 
+def shape_of(box: Box) -> tuple[int, ...]:
+    """The shape of an array that holds `box`."""
+    return tuple(stop - start for start, stop in box)
+
+
 def local_slices(box: Box, origin: Box) -> tuple[slice, ...]:
     """The slices that select `box` in an array that holds `origin`."""
     return tuple(slice(start - base, stop - base) for (start, stop), (base, _) in zip(box, origin, strict=True))

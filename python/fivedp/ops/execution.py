@@ -6,6 +6,7 @@ in a `_Stage`; a call walks through lists.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,22 +14,18 @@ from typing import Any
 import numpy as np
 
 from fivedp.comm.grid import Group
-from fivedp.comm.messages import Mailbox, Receipt, Workspace
+from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
 from fivedp.layout.plan import Plan
 from fivedp.layout.schedule import Message, Schedule
-from fivedp.layout.shares import Box, local_slices
+from fivedp.layout.shares import Box, local_slices, shape_of
 from fivedp.ops.contraction import Contraction, Recipe, add_tree
+from fivedp.ops.prepared import Prepared, TooLarge
 
 Array = Any
 Slices = tuple[slice, ...]
 Shape = tuple[int, ...]
-_TAGS = {"A": 2, "B": 3, "C": 4, "replica": 5}
-_INPUT_TAGS = (_TAGS["A"], _TAGS["B"])
-_RESULT_TAGS = (_TAGS["C"],)
-
-
-def _shape(box: Box) -> Shape:
-    return tuple(stop - start for start, stop in box)
+_INPUT_TAGS = (TAGS["A"], TAGS["B"])
+_RESULT_TAGS = (TAGS["C"],)
 
 
 @dataclass(slots=True)
@@ -41,7 +38,7 @@ class _Part:
 
 
 @dataclass(slots=True)
-class _Sum:
+class Sum:
     """A box of this rank's share that a stage finishes: the partial results that are added to it."""
 
     target: Slices
@@ -51,6 +48,13 @@ class _Sum:
     order: list[tuple[int, int]]
     """(sender, plane) of every partial result in the order of the tree; sender -1 is this rank."""
     spans: list[tuple[int, int]]
+
+    def add(self, partials: list[Any], out: Array, alpha: complex, beta: complex) -> None:
+        """Add the partial results into the share: one array per sender, and last this rank's own (or None)."""
+        arrays = [partials[sender][plane] for sender, plane in self.order]
+        if arrays[0].dtype.itemsize < 4:  # wire="same": partial results were rounded for the journey
+            arrays = [array.astype(np.float32) for array in arrays]
+        add_tree(arrays, self.spans, out[self.target], alpha=alpha, beta=beta)
 
 
 @dataclass(slots=True)
@@ -65,7 +69,7 @@ class _Stage:
     numbers: dict[str, int] = field(default_factory=dict)
     release: list[tuple[str, int]] = field(default_factory=list)
     result_sends: list[tuple[int, Slices]] = field(default_factory=list)
-    sums: list[_Sum] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
     replica_receives: list[tuple[int, Shape, Slices]] = field(default_factory=list)
     replica_sends: list[tuple[int, Slices]] = field(default_factory=list)
     recipes: list[Recipe] | None = None
@@ -90,9 +94,11 @@ class Execution:
         self.contraction = Contraction(spec, plan.leaf_borders, {name: brick[name] for name in spec.k})
         self.spans = plan.spans(group.index)
         self.owned = {tensor: plan.owned(tensor, group.index) for tensor in "ABC"}
-        self.out_shape = _shape(self.owned["C"])
+        self.out_shape = shape_of(self.owned["C"])
         self.moves_result = plan.moves("C")
         self.moving = [tensor for tensor in "AB" if plan.moves(tensor)]
+        self._prepared: Prepared | None = None
+        self._may_be_small = True
 
     def run(self, a: Array, b: Array, out: Array, alpha: complex, beta: complex, wire: Any, xp: Any, what: str) -> None:
         """Multiply: `out` (this rank's share of C) becomes alpha * A B + beta * C. Collective over the group."""
@@ -100,12 +106,30 @@ class Execution:
             if self.schedule.tiling.boxes:
                 self.contraction.multiply(self._local_recipe, (a,), (b,), out, alpha=alpha, beta=beta)
             return
+        if self._prepared is not None:
+            self._prepared.run(a, b, out, what)
+            return
+        self._run_once(a, b, out, alpha, beta, wire, xp, what)
+        # What was called once may be called again: then it shall cost less.
+        if self._may_be_small:
+            self._may_be_small = False
+            if xp is np and len(self.stages) == 1:
+                with contextlib.suppress(TooLarge):
+                    self._prepared = Prepared(self, a, b, out, alpha, beta, wire)
+
+    def _run_once(
+        self, a: Array, b: Array, out: Array, alpha: complex, beta: complex, wire: Any, xp: Any, what: str
+    ) -> None:
         mail = Mailbox(self.group, what, xp)
         try:
             _Run(self, a, b, out, alpha, beta, wire, mail, xp).go()
         except BaseException:
             mail.abandon()
             raise
+
+    def finished_at_source(self, beta: complex) -> bool:
+        """Whether sums that no other rank adds to are finished where they are made, and travel in the type of C."""
+        return self.plan.total_nodes == 1 and beta == 0
 
     @cached_property
     def _local_recipe(self) -> Recipe:
@@ -147,14 +171,15 @@ class Execution:
             for number, stage in enumerate(stages):
                 stage.sums = [self._sum(group, stage.tile) for group in schedule.result_receives[number]]
                 stage.replica_receives = [
-                    (m.peer, _shape(m.box), local_slices(m.box, owned["C"])) for m in schedule.replica_receives[number]
+                    (m.peer, shape_of(m.box), local_slices(m.box, owned["C"]))
+                    for m in schedule.replica_receives[number]
                 ]
                 stage.replica_sends = [
                     (m.peer, local_slices(m.box, owned["C"])) for m in schedule.replica_sends[number]
                 ]
         return stages
 
-    def _sum(self, messages: list[Message], tile: Box | None) -> _Sum:
+    def _sum(self, messages: list[Message], tile: Box | None) -> Sum:
         """The partial results that meet in one box of this rank's share, in the order of the tree."""
         box, mine = messages[0].box, self.group.index
         receives: list[tuple[int, Shape]] = []
@@ -168,10 +193,10 @@ class Execution:
                 own = (slice(None), *local_slices(box, tile))
             else:
                 sender = len(receives)
-                receives.append((message.peer, (len(spans), *_shape(box))))
+                receives.append((message.peer, (len(spans), *shape_of(box))))
             found += [(span, sender, plane) for plane, span in enumerate(spans)]
         found.sort()
-        return _Sum(
+        return Sum(
             target=local_slices(box, self.owned["C"]),
             own=own,
             receives=receives,
@@ -209,8 +234,7 @@ class _Run:
         self.stages = execution.stages
         self.inputs = {"A": a, "B": b}
         self.out, self.alpha, self.beta = out, alpha, beta
-        # The sum of one rank that needs no other rank's part can be finished where it is made.
-        self.finished_at_source = execution.plan.total_nodes == 1 and beta == 0
+        self.finished_at_source = execution.finished_at_source(beta)
         self.partial_dtype = out.dtype if self.finished_at_source else wire
         self.panels: dict[tuple[str, int], list[tuple[Box, Array | Receipt]]] = {}
         self.partials: dict[int, Workspace] = {}
@@ -247,15 +271,15 @@ class _Run:
             # What was last read two stages ago has been received by now; its buffers come back.
             mail.flush(number - 2, _INPUT_TAGS)
         for tensor, panel, parts in stage.panels:
-            own, tag = self.inputs[tensor], _TAGS[tensor]
+            own, tag = self.inputs[tensor], TAGS[tensor]
             self.panels[tensor, panel] = [
-                (part.box, mail.receive(_shape(part.box), own.dtype, part.source, tag))
+                (part.box, mail.receive(shape_of(part.box), own.dtype, part.source, tag))
                 if part.slices is None
                 else (part.box, own[part.slices])
                 for part in parts
             ]
         for tensor, peer, slices, last in stage.sends:
-            mail.send(self.inputs[tensor][slices], peer, _TAGS[tensor], last)
+            mail.send(self.inputs[tensor][slices], peer, TAGS[tensor], last)
 
     def _arrived(self, tensor: str, panel: int) -> tuple[tuple[Box, ...], list[Array]]:
         """(boxes, arrays): the parts of A or B that a tile reads."""
@@ -274,7 +298,7 @@ class _Run:
     def _join(self, tensor: str, panel: int, entries: list[tuple[Box, Array | Receipt]]) -> tuple[Box, Array]:
         """Copy the parts of a panel that is cut along more than the summed indices into one array."""
         whole = self.x.schedule.tiling.panels[tensor][panel].box
-        joined = self.xp.empty(_shape(whole), dtype=self.inputs[tensor].dtype)
+        joined = self.xp.empty(shape_of(whole), dtype=self.inputs[tensor].dtype)
         for box, part in entries:
             joined[local_slices(box, whole)] = part.array if isinstance(part, Receipt) else part
             if isinstance(part, Receipt):
@@ -300,7 +324,7 @@ class _Run:
             for plane, recipe in zip(partial, stage.recipes, strict=True):
                 multiply(recipe, a, b, plane, alpha=alpha, progress=progress)
             for peer, slices in stage.result_sends:
-                self.mail.send(partial[slices], peer, _TAGS["C"], number)
+                self.mail.send(partial[slices], peer, TAGS["C"], number)
         for tensor, panel in stage.release:
             for _, part in self.panels.pop((tensor, panel)):
                 if isinstance(part, Receipt):
@@ -312,12 +336,12 @@ class _Run:
         if self.finished_at_source and stage.inside:
             return self.out[stage.tile_in_share][None]
         assert stage.tile is not None
-        shape = (len(self.x.spans), *_shape(stage.tile))
+        shape = (len(self.x.spans), *shape_of(stage.tile))
         workspace = self.partials[number] = self.mail.workspace(shape, self.partial_dtype)
         return workspace.array
 
     def _post_results(self, number: int) -> None:
-        mail, dtype, tag = self.mail, self.partial_dtype, _TAGS["C"]
+        mail, dtype, tag = self.mail, self.partial_dtype, TAGS["C"]
         self.results[number] = [
             [
                 mail.receive(shape, dtype, peer, tag, self.out[total.target][None] if self.finished_at_source else None)
@@ -335,7 +359,7 @@ class _Run:
                 mail.wait(receipts)
             mine = own.array[total.own] if own is not None and total.own is not None else None
             if not self.finished_at_source:
-                self._add(total, receipts, mine)
+                total.add([*(receipt.array for receipt in receipts), mine], self.out, self.alpha, self.beta)
             elif mine is not None:
                 self.out[total.target] = mine[0]
             for receipt in receipts:
@@ -347,15 +371,8 @@ class _Run:
             mail.flush(number - 1, _RESULT_TAGS)
             mail.give_workspace(self.partials.pop(number - 1))
 
-    def _add(self, total: _Sum, receipts: list[Receipt], mine: Array | None) -> None:
-        partials: list[Any] = [*(receipt.array for receipt in receipts), mine]  # sender -1 is the last: this rank
-        arrays = [partials[sender][plane] for sender, plane in total.order]
-        if arrays[0].dtype.itemsize < 4:  # wire="same": partial results were rounded for the journey
-            arrays = [array.astype(np.float32) for array in arrays]
-        add_tree(arrays, total.spans, self.out[total.target], alpha=self.alpha, beta=self.beta)
-
     def _exchange_replicas(self, number: int) -> None:
-        mail, stage, tag = self.mail, self.stages[number], _TAGS["replica"]
+        mail, stage, tag = self.mail, self.stages[number], TAGS["replica"]
         for earlier in [s for s in self.replicas if s < number]:
             mail.wait(self.replicas.pop(earlier))
         self.replicas[number] = [
