@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/gemm_problem.hpp"
+#include "cpu/kernel_table.hpp"
 
 namespace fivedp {
 

@@ -92,11 +92,4 @@ struct TreeSumProblem {
     double alpha, beta;
 };
 
-struct KernelTable {
-    const char* name;
-    GemmKernel f32, f64, bf16;
-    // Sums rows row_begin <= row < row_end of the flattened (batch, row) index; the partials' type chooses.
-    void (*tree_sum)(const TreeSumProblem& problem, std::int64_t row_begin, std::int64_t row_end);
-};
-
 }  // namespace fivedp

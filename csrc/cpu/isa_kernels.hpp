@@ -15,7 +15,9 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/attention_problem.hpp"
 #include "cpu/gemm_problem.hpp"
+#include "cpu/kernel_table.hpp"
 
 // Room for k in a packed row or panel.
 #ifndef FIVEDP_PASS_K
@@ -35,6 +37,14 @@ namespace {
 // (built on the above)
 #include "cpu/gemm.hpp"
 #include "cpu/tree_sum.hpp"
+// (attention)
+#include "cpu/vec_math.hpp"
+// (in this order)
+#include "cpu/attention_tiles.hpp"
+// (in this order)
+#include "cpu/attention_forward.hpp"
+// (in this order)
+#include "cpu/attention_backward.hpp"
 
 template <class E>
 constexpr GemmKernel gemm_kernel() {
@@ -50,6 +60,12 @@ constexpr GemmKernel gemm_kernel() {
             &stream_block<E>};
 }
 
+template <class T>
+constexpr AttentionKernel attention_kernel() {
+    return {attention_rows_per_chunk, &attention_forward_bytes<T>, &attention_forward<T>, &attention_backward_bytes<T>,
+            &attention_backward<T>};
+}
+
 #ifdef FIVEDP_BF16_PAIRS
 using Bf16Engine = Bf16PairsEngine;
 #else
@@ -62,8 +78,13 @@ using Bf16Engine = Bf16WidenedEngine;
 #define FIVEDP_TEXT(name) FIVEDP_TEXT_OF(name)
 
 extern const KernelTable table;
-constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA), gemm_kernel<F32Engine>(), gemm_kernel<F64Engine>(),
-                               gemm_kernel<Bf16Engine>(), &tree_sum};
+constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA),
+                               gemm_kernel<F32Engine>(),
+                               gemm_kernel<F64Engine>(),
+                               gemm_kernel<Bf16Engine>(),
+                               &tree_sum,
+                               attention_kernel<float>(),
+                               attention_kernel<double>()};
 
 }  // namespace FIVEDP_ISA
 }  // namespace fivedp

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError
     from fivedp.layout.explain import explain
     from fivedp.ops.matmul import sharded_matmul, sharded_matmul_backward
+    from fivedp.ops.ring_attention import ring_attention, ring_attention_backward
+    from fivedp.ops.sequence import sequence_gather, sequence_shard
     from fivedp.ops.sharding import gather, shard
 
 __version__ = "0.1.0"
@@ -29,6 +31,8 @@ _HOMES = {
     "fivedp.errors": ("DTypeError", "LayoutError", "MeshError", "PeerError", "ShapeError"),
     "fivedp.layout.explain": ("explain",),
     "fivedp.ops.matmul": ("sharded_matmul", "sharded_matmul_backward"),
+    "fivedp.ops.ring_attention": ("ring_attention", "ring_attention_backward"),
+    "fivedp.ops.sequence": ("sequence_gather", "sequence_shard"),
     "fivedp.ops.sharding": ("gather", "shard"),
 }
 _PACKAGES = ("comm", "errors", "kernels", "layout", "ops")
@@ -45,6 +49,10 @@ __all__ = [
     "__version__",
     "explain",
     "gather",
+    "ring_attention",
+    "ring_attention_backward",
+    "sequence_gather",
+    "sequence_shard",
     "shard",
     "sharded_matmul",
     "sharded_matmul_backward",

@@ -11,6 +11,12 @@ import os
 import sys
 from typing import Any, Literal
 
+import ml_dtypes
+import numpy as np
+
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+_U16 = np.dtype(np.uint16)
+
 
 def is_cupy(array: Any) -> bool:
     """Whether `array` is a CuPy array."""
@@ -35,3 +41,19 @@ def gemm_backend() -> Literal["fivedp", "blas"]:
     if wanted == "fivedp":
         return "fivedp"
     raise ValueError(f"FIVEDP_GEMM is {wanted!r}; 'fivedp' or 'blas' would be right")
+
+
+def raw(array: Any, who: str) -> Any:
+    """An array as the extension takes it: bfloat16 as its bits, in uint16. `who` names it in the error.
+
+    Raises
+    ------
+    TypeError
+        Where it is uint16: the extension could not tell it from bfloat16.
+    """
+    dtype = getattr(array, "dtype", None)
+    if dtype == _BF16:
+        return array.view(_U16)
+    if dtype == _U16:
+        raise TypeError(f"{who} is uint16; float32, float64 or bfloat16 would be right")
+    return array

@@ -18,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fivedp import _cpu
 from fivedp.kernels import _array_library
-from fivedp.kernels._select import gemm_backend, is_cupy
+from fivedp.kernels._select import gemm_backend, is_cupy, raw
 
 __all__ = ["gemm", "gemm_backend", "isa", "set_threads", "supported_isas", "threads", "tree_sum"]
 
@@ -31,8 +30,6 @@ Array = Any
 
 _F32 = np.dtype(np.float32)
 _F64 = np.dtype(np.float64)
-_BF16 = np.dtype(ml_dtypes.bfloat16)
-_U16 = np.dtype(np.uint16)
 
 
 def gemm(
@@ -88,7 +85,7 @@ def gemm(
     elif gemm_backend() == "blas":
         _array_library.whole_product(np, a, b, c, alpha, beta)
     else:
-        _cpu.gemm(_raw(a, "gemm: a"), _raw(b, "gemm: b"), _raw([c], "gemm: c")[0], cuts, alpha, beta, progress)
+        _cpu.gemm(_raw(a, "gemm: a"), _raw(b, "gemm: b"), raw(c, "gemm: c"), cuts, alpha, beta, progress)
 
 
 def tree_sum(
@@ -119,7 +116,7 @@ def tree_sum(
         total = _array_library.combine([(count, partial) for partial, (_, count) in zip(partials, spans, strict=True)])
         _array_library.finish(total, out, alpha, beta)
         return
-    _cpu.tree_sum(partials, spans, _raw([out], "tree_sum: out")[0], alpha, beta)
+    _cpu.tree_sum(partials, spans, raw(out, "tree_sum: out"), alpha, beta)
 
 
 def threads() -> int:
@@ -149,16 +146,7 @@ def supported_isas() -> list[str]:
 
 
 def _raw(arrays: Sequence[Array], who: str) -> list[Array]:
-    """The arrays as the extension takes them: bfloat16 as its bits, in uint16."""
-    raw = []
-    for array in arrays:
-        dtype = getattr(array, "dtype", None)
-        if dtype == _BF16:
-            array = array.view(_U16)
-        elif dtype == _U16:  # the extension could not tell it from bfloat16
-            raise TypeError(f"{who} is uint16; float32, float64 or bfloat16 would be right")
-        raw.append(array)
-    return raw
+    return [raw(array, who) for array in arrays]
 
 
 def _check_spans(partials: Sequence[Array], spans: Sequence[tuple[int, int]], out: Array) -> None:

@@ -52,7 +52,7 @@ class Arguments:
     error: ValueError | None = None
 
 
-OPERATIONS = ("sharded_matmul", "gather")
+OPERATIONS = ("sharded_matmul", "gather", "ring_attention", "ring_attention_backward", "sequence_gather")
 
 
 def array_kind(array: Array, name: str, operation: str) -> str:
@@ -186,6 +186,8 @@ def _raise_difference(ranks: list[Arguments]) -> NoReturn:
         raise type(error)(str(error) if everyone else f"{error} (rank {rank})")
     first = ranks[0]
     name = first.operation
+    attention = "attention" in name
+    arrays = ("q", "k", "v") if attention else _NAMES
 
     def differs(what: str, of: Callable[[Arguments], Any], kind: type[ValueError], right: str) -> None:
         values = [of(x) for x in ranks]
@@ -202,9 +204,10 @@ def _raise_difference(ranks: list[Arguments]) -> NoReturn:
             raise kind(f"{name}: {what} is {values[odd]} on rank {odd} and {usual} on rank {other}; {right}")
 
     differs("the operation", lambda x: x.operation, LayoutError, "all ranks must call the same")
-    differs("the spec", lambda x: f'"{x.text}"', LayoutError, "all ranks must give the same spec")
+    text = "the keywords" if attention else "the spec"
+    differs(text, lambda x: f'"{x.text}"', LayoutError, f"all ranks must give the same {text.removeprefix('the ')}")
     differs("the kind of arrays", lambda x: x.kind, DTypeError, "all ranks must give NumPy arrays or all CuPy arrays")
-    for i, array in enumerate(_NAMES):
+    for i, array in enumerate(arrays):
         differs(f"the dtype of `{array}`", lambda x, i=i: x.dtypes[i], DTypeError, "it must be the same on all ranks")  # type: ignore[misc]
         differs(
             f"the number of dimensions of `{array}`",

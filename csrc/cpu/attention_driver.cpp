@@ -1,0 +1,207 @@
+#include "cpu/attention_driver.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/thread_pool.hpp"
+#include "cpu/dispatch.hpp"
+
+namespace fivedp {
+namespace {
+
+// Below this many visible pairs times heads waking a second thread costs more than it saves.
+constexpr double smallest_parallel_pairs = 64 * 1024;
+
+struct FreeScratch {
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+
+char* scratch(std::int64_t bytes) {
+    thread_local std::unique_ptr<char, FreeScratch> buffer;
+    thread_local std::int64_t size = 0;
+    if (size < bytes) {
+        buffer.reset();
+        size = 0;
+        buffer.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(bytes), std::align_val_t(64))));
+        size = bytes;
+    }
+    return buffer.get();
+}
+
+const AttentionKernel& kernel_of(const AttentionProblem& problem) {
+    return problem.type == ElementType::f64 ? kernels().attention_f64 : kernels().attention_f32;
+}
+
+// Ranges of queries with about `rows` rows each, dealt out over batch and key heads.
+std::vector<AttentionRange> ranges_of(const AttentionProblem& problem, std::int64_t rows) {
+    const std::int64_t group = problem.heads / problem.kv_heads;
+    const std::int64_t queries = std::max<std::int64_t>(1, rows / group);
+    std::vector<AttentionRange> ranges;
+    // The last queries first: under a causal mask they have most to do.
+    for (std::int64_t end = problem.n_queries; end > 0; end -= std::min(end, queries))
+        for (std::int64_t batch = 0; batch < problem.batch; ++batch)
+            for (std::int64_t head = 0; head < problem.kv_heads; ++head)
+                ranges.push_back({batch, head, std::max<std::int64_t>(0, end - queries), end});
+    return ranges;
+}
+
+template <class Work>
+void on_threads(int threads, std::int64_t n, std::int64_t bytes, const Work& work) {
+    std::atomic<std::int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
+    const auto run = [&](int) {
+        char* memory = nullptr;
+        try {
+            memory = scratch(bytes);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+            return;
+        }
+        for (std::int64_t index; (index = next.fetch_add(1)) < n;) work(index, memory);
+    };
+    if (threads <= 1 || n <= 1)
+        run(0);
+    else
+        run_parallel(static_cast<int>(std::min<std::int64_t>(threads, n)), run, [] {});
+    if (out_of_memory) throw std::bad_alloc();
+}
+
+int threads_for(const AttentionProblem& problem) {
+    const double pairs = static_cast<double>(problem.n_queries) * problem.n_keys * problem.batch * problem.heads;
+    return pairs < smallest_parallel_pairs ? 1 : thread_count();
+}
+
+float widen(std::uint16_t bits) {
+    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+std::uint16_t to_bf16(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <class T, class Stored>
+T read(const char* from) {
+    Stored value;
+    std::memcpy(&value, from, sizeof value);
+    if constexpr (sizeof(Stored) == 2)
+        return static_cast<T>(widen(value));
+    else
+        return value;
+}
+
+template <class T, class Stored>
+void write(char* to, T value) {
+    Stored stored;
+    if constexpr (sizeof(Stored) == 2)
+        stored = to_bf16(value);
+    else
+        stored = value;
+    std::memcpy(to, &stored, sizeof stored);
+}
+
+char* row_of(const TokenView& view, std::int64_t batch, std::int64_t token, std::int64_t head) {
+    return view.data + batch * view.batch_stride + token * view.token_stride + head * view.head_stride;
+}
+
+// Calls row(batch, query, head, flat) for every row of the state.
+template <class Row>
+void each_row(const AttentionProblem& problem, const Row& row) {
+    const auto slice = [&](std::int64_t index, char*) {
+        const std::int64_t batch = index / problem.heads, head = index % problem.heads;
+        for (std::int64_t query = 0; query < problem.n_queries; ++query)
+            row(batch, query, head, index * problem.n_queries + query);
+    };
+    on_threads(threads_for(problem), problem.batch * problem.heads, 64, slice);
+}
+
+template <class T, class Stored>
+void finish(const AttentionProblem& problem, const TokenView& output, T* log_sum) {
+    const T* const highest = static_cast<const T*>(problem.highest);
+    const T* const total = static_cast<const T*>(problem.total);
+    const T* const sums = static_cast<const T*>(problem.output);
+    const T log2 = static_cast<T>(0.69314718055994530942);
+    each_row(problem, [&](std::int64_t batch, std::int64_t query, std::int64_t head, std::int64_t flat) {
+        const T* const from = sums + ((batch * problem.n_queries + query) * problem.heads + head) * problem.v_size;
+        char* const to = row_of(output, batch, query, head);
+        const bool seen = !(total[flat] == 0 && highest[flat] == -std::numeric_limits<T>::infinity());
+        log_sum[flat] = seen ? highest[flat] * log2 + std::log(total[flat]) : -std::numeric_limits<T>::infinity();
+        const T divisor = seen ? total[flat] : T(1);  // the sums of a row that has seen no key are 0
+        for (std::int64_t i = 0; i < problem.v_size; ++i)
+            write<T, Stored>(to + i * (std::int64_t)sizeof(Stored), from[i] / divisor);
+    });
+}
+
+template <class T, class Stored>
+void delta_of(const AttentionProblem& problem, const TokenView& output, T* delta) {
+    constexpr std::int64_t step = sizeof(Stored);
+    each_row(problem, [&](std::int64_t batch, std::int64_t query, std::int64_t head, std::int64_t flat) {
+        const char* const out = row_of(output, batch, query, head);
+        const char* const d_out = row_of(problem.d_out, batch, query, head);
+        T sum = 0;
+        for (std::int64_t i = 0; i < problem.v_size; ++i)
+            sum += read<T, Stored>(out + i * step) * read<T, Stored>(d_out + i * step);
+        delta[flat] = sum;
+    });
+}
+
+}  // namespace
+
+void run_attention_forward(const AttentionProblem& problem) {
+    const AttentionKernel& kernel = kernel_of(problem);
+    const int threads = threads_for(problem);
+    std::int64_t rows = kernel.rows_per_chunk;
+    // Enough ranges for all threads, but none of so few rows that packing the keys outweighs using them.
+    while (threads > 1 && rows > 128 && static_cast<int>(ranges_of(problem, rows).size()) < 4 * threads) rows /= 2;
+    const std::vector<AttentionRange> ranges = ranges_of(problem, rows);
+    on_threads(threads, static_cast<std::int64_t>(ranges.size()), kernel.forward_bytes(problem),
+               [&](std::int64_t index, char* memory) {
+                   kernel.forward(problem, ranges[static_cast<std::size_t>(index)], memory);
+               });
+}
+
+void run_attention_backward(const AttentionProblem& problem) {
+    const AttentionKernel& kernel = kernel_of(problem);
+    const std::int64_t group = problem.heads / problem.kv_heads;
+    const std::int64_t queries = std::max<std::int64_t>(1, kernel.rows_per_chunk / group);
+    // One thread a key head: d_k and d_v are sums over queries in rising order.
+    on_threads(threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem),
+               [&](std::int64_t index, char* memory) {
+                   for (std::int64_t begin = 0; begin < problem.n_queries; begin += queries)
+                       kernel.backward(problem,
+                                       {index / problem.kv_heads, index % problem.kv_heads, begin,
+                                        std::min(begin + queries, problem.n_queries)},
+                                       memory);
+               });
+}
+
+void finish_attention(const AttentionProblem& problem, const TokenView& output, void* log_sum) {
+    if (problem.type == ElementType::f64)
+        finish<double, double>(problem, output, static_cast<double*>(log_sum));
+    else if (problem.type == ElementType::f32)
+        finish<float, float>(problem, output, static_cast<float*>(log_sum));
+    else
+        finish<float, std::uint16_t>(problem, output, static_cast<float*>(log_sum));
+}
+
+void attention_delta(const AttentionProblem& problem, const TokenView& output, void* delta) {
+    if (problem.type == ElementType::f64)
+        delta_of<double, double>(problem, output, static_cast<double*>(delta));
+    else if (problem.type == ElementType::f32)
+        delta_of<float, float>(problem, output, static_cast<float*>(delta));
+    else
+        delta_of<float, std::uint16_t>(problem, output, static_cast<float*>(delta));
+}
+
+}  // namespace fivedp

@@ -1,0 +1,17 @@
+// Every kernel of one instruction set.
+#pragma once
+
+#include "cpu/attention_problem.hpp"
+#include "cpu/gemm_problem.hpp"
+
+namespace fivedp {
+
+struct KernelTable {
+    const char* name;
+    GemmKernel f32, f64, bf16;
+    // Sums rows row_begin <= row < row_end of the flattened (batch, row) index; the partials' type chooses.
+    void (*tree_sum)(const TreeSumProblem& problem, std::int64_t row_begin, std::int64_t row_end);
+    AttentionKernel attention_f32, attention_f64;  // by the type of sums
+};
+
+}  // namespace fivedp

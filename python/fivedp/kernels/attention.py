@@ -1,0 +1,177 @@
+"""Attention on one rank: adds keys to the state of queries, and the gradients.
+
+A state is what the keys seen so far have made of each query: the largest logit, the sum of the weights and the sum of
+the weighted values, neither normalised nor rounded to 16 bits. `forward` takes a state up where another call left it,
+so the blocks of a ring need no merging; `finish` divides once, at the end. Which query sees which key depends on
+(document, position) of the two alone, so any placement of tokens is one code path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fivedp import _cpu
+from fivedp.kernels._select import raw
+
+Array = Any
+Places = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which query sees which key, and what its logit is beyond the product.
+
+    Attributes
+    ----------
+    q_position, k_position : int32 (queries,), (keys,)
+        Positions, not negative, in the tokens' documents or in the whole sequence.
+    q_document, k_document : int32, optional
+        Documents; tokens of different ones don't see each other.
+    scale : float
+        The logit is scale * (q . k), with `softcap` c then c * tanh(logit / c), with `slopes` less
+        slope * |i - j| (ALiBi).
+    causal : bool
+        Query i sees keys j <= i only.
+    window : int
+        Query i sees keys with i - j < window (causal) or |i - j| < window; 0 for none.
+    softcap : float
+        0 for none.
+    slopes : sequence of float, optional
+        One per query head.
+    """
+
+    q_position: Places
+    k_position: Places
+    q_document: Places | None = None
+    k_document: Places | None = None
+    scale: float = 1.0
+    causal: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    slopes: Sequence[float] | None = None
+
+    def _packed(self) -> tuple[Any, ...]:
+        return (
+            self.q_position, self.k_position, self.q_document, self.k_document,
+            self.scale, self.causal, self.window, self.softcap, self.slopes,
+        )  # fmt: skip
+
+
+@dataclass
+class State:
+    """What the keys seen so far have made of some queries, in the type of sums.
+
+    Attributes
+    ----------
+    highest, total : (B, H, S)
+        The largest logit in units of log 2 (-inf where no key was seen), and the sum of 2^(logit - highest).
+    output : (B, S, H, Dv)
+        The sum of the values with these weights.
+    """
+
+    highest: Array
+    total: Array
+    output: Array
+
+
+def sum_type(dtype: Any) -> np.dtype[Any]:
+    """The type of sums: float64 for float64, else float32."""
+    return np.dtype(np.float64) if np.dtype(dtype) == np.float64 else np.dtype(np.float32)
+
+
+def empty_state(q: Array, v_size: int) -> State:
+    """The state of queries (B, S, H, D) that have seen no key, for values of `v_size` elements."""
+    batch, queries, heads, _ = q.shape
+    dtype = sum_type(q.dtype)
+    return State(
+        np.full((batch, heads, queries), -np.inf, dtype),
+        np.zeros((batch, heads, queries), dtype),
+        np.zeros((batch, queries, heads, v_size), dtype),
+    )
+
+
+def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> None:
+    """Add keys to the state of queries, in place.
+
+    Parameters
+    ----------
+    q : (B, S, H, D)
+    k : (B, S_k, H_kv, D)
+    v : (B, S_k, H_kv, Dv)
+        float32, float64 or bfloat16, the last dimension contiguous; H is a multiple of H_kv, and query head h reads key
+        head h // (H / H_kv).
+    mask : Mask
+    state : State
+        As `empty_state` or an earlier call left it.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit together.
+    TypeError
+        Element types other than those above.
+    """
+    q_rows, k_rows, v_rows = _rows(q=q, k=k, v=v)
+    _cpu.attention_forward(q_rows, k_rows, v_rows, mask._packed(), state.highest, state.total, state.output)
+
+
+def finish(state: State, out: Array) -> Array:
+    """The attention of a state: `out` (B, S, H, Dv) is written, and lse (B, H, S) returned.
+
+    A row that has seen no key gives zeros and -inf.
+    """
+    lse = np.empty_like(state.highest)
+    _cpu.attention_finish(state.highest, state.total, state.output, raw(out, "attention: out"), lse)
+    return lse
+
+
+def delta(d_out: Array, out: Array) -> Array:
+    """(B, H, S) in the type of sums: the sum over a row of d_out * out, which the backward needs."""
+    batch, queries, heads, _ = out.shape
+    result = np.empty((batch, heads, queries), sum_type(out.dtype))
+    d_out_rows, out_rows = _rows(d_out=d_out, out=out)
+    _cpu.attention_delta(d_out_rows, out_rows, result)
+    return result
+
+
+def backward(
+    d_out: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    lse: Array,
+    delta_rows: Array,
+    d_q: Array,
+    d_k: Array,
+    d_v: Array,
+) -> None:
+    """Add to the gradients what some queries and keys contribute to them.
+
+    Parameters
+    ----------
+    d_out : (B, S, H, Dv)
+    q, k, v, mask
+        As in `forward`.
+    lse, delta_rows : (B, H, S)
+        Of the finished output over all keys, in the type of sums.
+    d_q, d_k, d_v
+        Of the shapes of q, k and v, contiguous, in the type of sums; added to.
+    """
+    d_out_rows, q_rows, k_rows, v_rows = _rows(d_out=d_out, q=q, k=k, v=v)
+    _cpu.attention_backward(d_out_rows, q_rows, k_rows, v_rows, mask._packed(), lse, delta_rows, d_q, d_k, d_v)
+
+
+def _rows(**arrays: Array) -> list[Array]:
+    """The arrays as the extension takes them: the last dimension contiguous, bfloat16 as its bits."""
+    rows = []
+    for name, x in arrays.items():
+        if x.ndim == 4 and x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
+            x = np.ascontiguousarray(x)
+        rows.append(raw(x, f"attention: {name}"))
+    return rows

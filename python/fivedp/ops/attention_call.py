@@ -1,0 +1,347 @@
+"""The arguments of a distributed attention: checked on every rank, agreed between all, and who needs whose tokens.
+
+What sizes and options alone decide (the tokens of every rank, which rank's queries see which rank's keys) is worked out
+once and kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from mpi4py import MPI
+
+from fivedp.comm.agreement import agreement_of
+from fivedp.comm.grid import Group, RankGrid, grid_of
+from fivedp.comm.mesh import Mesh
+from fivedp.comm.messages import TAGS, Mailbox
+from fivedp.errors import DTypeError, LayoutError, ShapeError
+from fivedp.kernels.attention import Mask
+from fivedp.layout.sequence import LAYOUTS, Tokens, any_visible, place, token_indices
+from fivedp.ops.arguments import Arguments, pack, unpack, verdict
+
+Array = Any
+ORDERS = ("ring", "canonical")
+_TYPES = tuple(np.dtype(t) for t in (np.float32, np.float64, ml_dtypes.bfloat16))
+_HIGHEST_POSITION = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of an attention, the same on every rank; None stands for none."""
+
+    causal: bool = False
+    layout: str = "zigzag"
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+    cu_seqlens_k: tuple[int, ...] | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    order: str = "ring"
+    placed: bool = False
+    """Whether positions of queries were given, and so the layout does not hold."""
+    kv_placed: bool = False
+
+    def text(self) -> str:
+        """All of it in a line, for the agreement; long ones as a checksum."""
+        parts = [f"causal={self.causal}", "positions" if self.placed else f"layout={self.layout}"]
+        parts += ["kv_positions"] if self.kv_placed else []
+        for name in ("scale", "window", "softcap"):
+            value = getattr(self, name)
+            parts += [] if value is None else [f"{name}={value:g}"]
+        for name in ("cu_seqlens", "cu_seqlens_k", "alibi_slopes"):
+            values = getattr(self, name)
+            parts += (
+                [] if values is None else [f"{name}=({len(values)} numbers, {zlib.crc32(repr(values).encode()):x})"]
+            )
+        return " ".join([*parts, f"order={self.order}"])
+
+
+def read_options(operation: str, **given: Any) -> Options:
+    """Options from keywords as users give them.
+
+    Raises
+    ------
+    LayoutError, ShapeError
+        Where one has no meaning.
+    """
+    layout, order, window, softcap = given["layout"], given["order"], given["window"], given["softcap"]
+    if layout not in LAYOUTS:
+        raise LayoutError(f"{operation}: layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if order not in ORDERS:
+        raise LayoutError(f"{operation}: order is {order!r}; expected one of {', '.join(ORDERS)}")
+    if window is not None and (isinstance(window, bool) or window != int(window) or window < 1):
+        raise LayoutError(f"{operation}: window is {window!r}; expected a whole number from 1, or None")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise LayoutError(f"{operation}: softcap is {softcap!r}; expected a positive number, or None")
+    scale = given["scale"]
+    if scale is not None and not math.isfinite(scale):
+        raise LayoutError(f"{operation}: scale is {scale!r}; expected a finite number, or None for 1/sqrt(D)")
+    placed, kv_placed = given["positions"] is not None, given["kv_positions"] is not None
+    offsets: dict[str, tuple[int, ...] | None] = {}
+    for name in ("cu_seqlens", "cu_seqlens_k"):
+        value = given[name]
+        if value is None:
+            offsets[name] = None
+            continue
+        numbers = tuple(int(x) for x in np.asarray(value).reshape(-1))
+        if not numbers or numbers[0] != 0 or any(y < x for x, y in itertools.pairwise(numbers)):
+            raise ShapeError(f"{operation}: {name} begins {numbers[:4]}; expected offsets that rise from 0")
+        offsets[name] = numbers
+    if offsets["cu_seqlens_k"] is not None and offsets["cu_seqlens"] is None:
+        raise LayoutError(f"{operation}: cu_seqlens_k is given without cu_seqlens; expected both, or cu_seqlens alone")
+    if offsets["cu_seqlens"] is not None and (placed or kv_placed):
+        raise LayoutError(f"{operation}: cu_seqlens and positions are given; expected one of them")
+    slopes = given["alibi_slopes"]
+    return Options(
+        causal=bool(given["causal"]),
+        layout=layout,
+        scale=None if scale is None else float(scale),
+        window=None if window is None else int(window),
+        softcap=None if softcap is None else float(softcap),
+        cu_seqlens=offsets["cu_seqlens"],
+        cu_seqlens_k=offsets["cu_seqlens_k"],
+        alibi_slopes=None if slopes is None else tuple(float(x) for x in np.asarray(slopes).reshape(-1)),
+        order=order,
+        placed=placed,
+        kv_placed=kv_placed,
+    )
+
+
+class AttentionCall:
+    """One call on one rank, agreed with all others: the arrays as (B, S, H, D), and everybody's tokens.
+
+    Parameters
+    ----------
+    operation : str
+        For messages.
+    comm : Mesh or MPI.Intracomm
+    q, k, v : array
+    keywords : dict
+        As users give them.
+    others : dict of str to (array, array)
+        Further arrays and those whose shape they must have.
+
+    Raises
+    ------
+    LayoutError, ShapeError, DTypeError
+        On every rank, before any payload moves.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        comm: Mesh | MPI.Intracomm,
+        q: Array,
+        k: Array,
+        v: Array,
+        keywords: dict[str, Any],
+        others: dict[str, tuple[Array, tuple[int, ...] | None]] | None = None,
+    ) -> None:
+        self.grid: RankGrid = grid_of(comm)
+        self.group: Group = self.grid.everyone()
+        self.operation = operation
+        error: ValueError | None = None
+        options = Options()
+        shapes: tuple[tuple[int, ...] | None, ...] = (None, None, None)
+        dtypes: tuple[str | None, ...] = (None, None, None)
+        try:
+            options = read_options(operation, **keywords)
+            self.packed = options.cu_seqlens is not None
+            _check_arrays(operation, q, k, v, options, keywords, others or {})
+            shapes = tuple(tuple(x.shape) for x in (q, k, v))
+            dtypes = tuple(str(x.dtype) for x in (q, k, v))
+        except ValueError as found:
+            error = found
+        self.options = options
+        self.what = f"called {operation} with {options.text()}"
+        arguments = Arguments(operation, options.text(), shapes, dtypes, "numpy", "tree", "sum", 1.0, 0.0, error)
+        headers = agreement_of(self.group).exchange(pack(arguments), self.what)
+        verdict(headers, (), *self.group.numbering)
+        everyone = [unpack(row.tobytes()).shapes for row in headers]
+        axis = 0 if self.packed else 1
+        q_shapes, k_shapes = ([shapes[i] or () for shapes in everyone] for i in (0, 1))
+        for name, found_shapes in (("q", q_shapes), ("k", k_shapes), ("v", [s[2] or () for s in everyone])):
+            _check_same_but(operation, name, found_shapes, axis)
+        self.q_lengths = tuple(shape[axis] for shape in q_shapes)
+        self.k_lengths = tuple(shape[axis] for shape in k_shapes)
+        self.q, self.k, self.v = (x[None] if self.packed else x for x in (q, k, v))
+        self._place(keywords)
+
+    def _place(self, keywords: dict[str, Any]) -> None:
+        """Find out where the tokens of every rank are."""
+        options, operation = self.options, self.operation
+        q_offsets, k_offsets = options.cu_seqlens, options.cu_seqlens_k or options.cu_seqlens
+        same = options.placed and not options.kv_placed
+        if options.placed:
+            self.queries = self._exchange(np.asarray(keywords["positions"], np.int32), self.q_lengths)
+        else:
+            self.queries = _tokens(operation, "q", options.layout, self.q_lengths, q_offsets)
+        if options.kv_placed:
+            self.keys = self._exchange(np.asarray(keywords["kv_positions"], np.int32), self.k_lengths)
+        elif same:
+            if self.q_lengths != self.k_lengths:
+                raise ShapeError(
+                    f"{operation}: positions are given, `q` has {sum(self.q_lengths)} tokens and `k` "
+                    f"{sum(self.k_lengths)}; keys of another length need kv_positions"
+                )
+            self.keys = self.queries
+        else:
+            self.keys = _tokens(operation, "k", options.layout, self.k_lengths, k_offsets)
+        fixed = not (options.placed or options.kv_placed)
+        see = _who_sees_cached if fixed else _who_sees
+        self.sees = see(self.queries, self.keys, options.causal, options.window or 0)
+        """sees[r][s]: whether a query of rank r sees a key of rank s."""
+
+    def _exchange(self, mine: Array, lengths: tuple[int, ...]) -> tuple[Tokens, ...]:
+        """Everybody's positions."""
+        group, mail = self.group, Mailbox(self.group, self.what, np)
+        try:
+            receipts = {
+                s: mail.receive((lengths[s],), np.int32, s, TAGS["A"]) for s in range(group.size) if s != group.index
+            }
+            for peer in receipts:
+                mail.send(np.ascontiguousarray(mine), peer, TAGS["A"], 0)
+            mail.wait(list(receipts.values()))
+            positions = [mine if s == group.index else receipts[s].array.copy() for s in range(group.size)]
+            for receipt in receipts.values():
+                mail.release(receipt)
+            mail.flush()
+        except BaseException as failure:
+            mail.abandon()
+            self.grid.watchdog.fail(failure)
+            raise
+        return tuple(Tokens(p, np.zeros(len(p), np.int32)) for p in positions)
+
+    def mask(self, queries: Tokens, keys: Tokens) -> Mask:
+        """The kernel's mask between some queries and some keys."""
+        options = self.options
+        return Mask(
+            queries.position,
+            keys.position,
+            queries.document if self.packed else None,
+            keys.document if self.packed else None,
+            scale=options.scale if options.scale is not None else 1.0 / math.sqrt(self.q.shape[-1]),
+            causal=options.causal,
+            window=options.window or 0,
+            softcap=options.softcap or 0.0,
+            slopes=options.alibi_slopes,
+        )
+
+
+def _who_sees(
+    queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
+) -> tuple[tuple[bool, ...], ...]:
+    return tuple(tuple(any_visible(q, k, causal, window) for k in keys) for q in queries)
+
+
+_kept: dict[tuple[int, int, bool, int], Any] = {}
+
+
+def _who_sees_cached(
+    queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
+) -> tuple[tuple[bool, ...], ...]:
+    """`_who_sees` for tokens that `_tokens` keeps: found again by their identity."""
+    key = (id(queries), id(keys), causal, window)
+    found = _kept.get(key)
+    if found is None or found[0] is not queries or found[1] is not keys:
+        if len(_kept) >= 256:
+            _kept.clear()
+        found = _kept[key] = (queries, keys, _who_sees(queries, keys, causal, window))
+    result: tuple[tuple[bool, ...], ...] = found[2]
+    return result
+
+
+@lru_cache(maxsize=256)
+def _tokens(
+    operation: str, name: str, layout: str, lengths: tuple[int, ...], offsets: tuple[int, ...] | None
+) -> tuple[Tokens, ...]:
+    """The tokens of every rank under a layout, whose shares must have these lengths."""
+    total, parts = sum(lengths), len(lengths)
+    if offsets is not None and offsets[-1] != total:
+        raise ShapeError(
+            f"{operation}: cu_seqlens ends with {offsets[-1]}, but `{name}` has {total} tokens on all ranks together"
+        )
+    placed = [token_indices(layout, total, parts, part) for part in range(parts)]
+    for rank, (length, indices) in enumerate(zip(lengths, placed, strict=True)):
+        if length != len(indices):
+            raise ShapeError(
+                f"{operation}: `{name}` has {length} tokens on rank {rank}, of {total} in all; "
+                f'layout "{layout}" gives that rank {len(indices)}'
+            )
+    return tuple(place(indices, offsets) for indices in placed)
+
+
+def _check_arrays(
+    operation: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    options: Options,
+    keywords: dict[str, Any],
+    others: dict[str, tuple[Array, tuple[int, ...] | None]],
+) -> None:
+    """What one rank can know alone."""
+    packed = options.cu_seqlens is not None
+    dims, form = (3, "(T_local, H, D), for cu_seqlens is given") if packed else (4, "(B, S_local, H, D)")
+    for name, x in (("q", q), ("k", k), ("v", v), *((name, x) for name, (x, _) in others.items())):
+        if not isinstance(x, np.ndarray):
+            raise DTypeError(f"{operation}: `{name}` is a {type(x).__name__}; expected a NumPy array")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in _TYPES or not x.dtype.isnative:
+            raise DTypeError(f"{operation}: `{name}` has dtype {x.dtype}; expected float32, float64 or bfloat16")
+        if x.dtype != q.dtype:
+            raise DTypeError(f"{operation}: `q` has dtype {q.dtype} and `{name}` {x.dtype}; they must be the same")
+        if x.ndim != dims:
+            raise ShapeError(f"{operation}: `{name}` has shape {x.shape}; expected {form}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ShapeError(f"{operation}: `k` has shape {k.shape} and `v` {v.shape}; all but the last must be the same")
+    if q.shape[-1] != k.shape[-1] or not q.shape[-1] or not v.shape[-1]:
+        raise ShapeError(
+            f"{operation}: `q` has shape {q.shape} and `k` {k.shape}; the head size must be the same, from 1"
+        )
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ShapeError(f"{operation}: `q` has batch {q.shape[0]} and `k` {k.shape[0]}; they must be the same")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ShapeError(f"{operation}: `q` has {heads} heads and `k` {kv_heads}; the first must be a multiple")
+    if options.alibi_slopes is not None and len(options.alibi_slopes) != heads:
+        raise ShapeError(f"{operation}: there are {len(options.alibi_slopes)} alibi_slopes for {heads} heads; one each")
+    for name, count in (("positions", q.shape[-3]), ("kv_positions", k.shape[-3])):
+        if keywords[name] is not None:
+            _check_positions(operation, name, keywords[name], count)
+    for name, (x, shape) in others.items():
+        if shape is not None and x.shape != shape:
+            raise ShapeError(f"{operation}: `{name}` has shape {x.shape}; expected {shape}")
+
+
+def _check_positions(operation: str, name: str, given: Any, count: int) -> None:
+    array = np.asarray(given)
+    if array.dtype.kind not in "iu" or array.shape != (count,):
+        raise ShapeError(
+            f"{operation}: {name} has dtype {array.dtype} and shape {array.shape}; expected integers, ({count},)"
+        )
+    if array.size and (array.min() < 0 or array.max() >= _HIGHEST_POSITION):
+        raise ShapeError(f"{operation}: {name} reaches from {array.min()} to {array.max()}; expected 0 to 2^31 - 2")
+
+
+def _check_same_but(operation: str, name: str, shapes: Sequence[tuple[int, ...]], axis: int) -> None:
+    """All dimensions but that of the tokens are the same on every rank."""
+
+    def rest(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:axis] + shape[axis + 1 :]
+
+    for rank, shape in enumerate(shapes):
+        if rest(shape) != rest(shapes[0]):
+            raise ShapeError(
+                f"{operation}: `{name}` has shape {shape} on rank {rank} and {shapes[0]} on rank 0; "
+                "only the number of tokens may differ"
+            )

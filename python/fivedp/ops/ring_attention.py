@@ -1,0 +1,366 @@
+"""Attention over a sequence that is cut over the ranks: queries stay, keys and values travel.
+
+In step t a rank computes with the keys of rank r - t, while those of rank r - t - 1 arrive:
+
+    step t:   post keys of t + 1 | add keys of t to the state | next
+
+The kernel's state (largest logit, sum of weights, weighted values) is carried through the steps unnormalised, so
+blocks are not merged and nothing is rounded between them; the division comes at the end (Liu, Zaharia and Abbeel, "Ring
+attention with blockwise transformers", 2023, with the state of Milakov and Gimelshein, 2018). A block goes straight
+from its owner to every rank whose queries see any of it, and to no other; on one node it is read where it lies. In the
+backward the gradients of a block go straight home, in the type of sums, and are added there in the order of steps.
+
+With `order="canonical"` every rank gathers all keys and adds them in the order of the sequence; the backward gathers
+the queries as well, so that each gradient is one sum in that order. An element then has the same bits on any number of
+ranks, for more memory and, in the backward, about twice the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from fivedp.comm.mesh import Mesh
+from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
+from fivedp.kernels import attention as kernel
+from fivedp.layout.sequence import Tokens, join, reading_order
+from fivedp.ops.attention_call import AttentionCall
+from fivedp.ops.matmul import share_cores
+
+Array = Any
+# The gradients of k and v on their way home.
+_HOME = (TAGS["C"], TAGS["replica"])
+
+
+def ring_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    comm: Mesh | MPI.Intracomm,
+    *,
+    causal: bool = False,
+    layout: str = "zigzag",
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Any = None,
+    cu_seqlens_k: Any = None,
+    positions: Any = None,
+    kv_positions: Any = None,
+    alibi_slopes: Any = None,
+    order: str = "ring",
+    return_lse: bool = True,
+) -> Any:
+    """Attention of queries to the keys of all ranks.
+
+    Parameters
+    ----------
+    q : (B, S_local, H, D), or (T_local, H, D) with `cu_seqlens`
+        This rank's queries; float32, float64 or bfloat16 (summed in float32).
+    k : (B, S_local, H_kv, D)
+    v : (B, S_local, H_kv, Dv)
+        This rank's keys and values; H is a multiple of H_kv. Their number of tokens may differ from that of q.
+    comm : Mesh or MPI.Intracomm
+        Its ranks hold the sequence.
+    causal : bool
+        Query i sees keys j <= i, by global position.
+    layout : {"zigzag", "striped", "contiguous"}
+        Which tokens a rank holds: see `fivedp.layout.sequence`; `sequence_shard` cuts an array so.
+    scale : float, optional
+        Of the logits, 1/sqrt(D) where it is None.
+    window : int, optional
+        Query i sees keys with i - j < window (causal) or |i - j| < window.
+    softcap : float, optional
+        A logit x becomes softcap * tanh(x / softcap).
+    cu_seqlens, cu_seqlens_k : (documents + 1,) int, optional
+        Offsets of packed documents in the whole sequence; tokens see only their own document. Those of the keys where
+        they differ.
+    positions, kv_positions : (S_local,) int, optional
+        This rank's global positions, for any placement of tokens; `layout` then does not matter.
+    alibi_slopes : (H,) float, optional
+        A logit loses slope * |i - j|.
+    order : {"ring", "canonical"}
+        "ring": fastest. "canonical": the same bits on every number of ranks.
+    return_lse : bool
+        Whether the log-sum-exp is returned as well.
+
+    Returns
+    -------
+    o : (B, S_local, H, Dv)
+        In the type of q. Rows that see no key are 0.
+    lse : (B, H, S_local)
+        The log of the sum of exp(logit) of each row, in float32 (float64 for float64); -inf for rows that see no key.
+        (H, T_local) with `cu_seqlens`.
+
+    Raises
+    ------
+    LayoutError, ShapeError, DTypeError
+        On every rank, before any payload moves.
+    PeerError
+        Another rank raised, exited or stayed silent in the middle of the call.
+
+    Notes
+    -----
+    Collective over all ranks of `comm`.
+    """
+    keywords = {
+        "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
+        "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "positions": positions, "kv_positions": kv_positions,
+        "alibi_slopes": alibi_slopes, "order": order,
+    }  # fmt: skip
+    call = AttentionCall("ring_attention", comm, q, k, v, keywords)
+    share_cores(call.grid)
+    out = np.empty((*call.q.shape[:-1], call.v.shape[-1]), call.q.dtype)
+    lse = _guarded(call, lambda mail: _forward(call, mail, out))
+    if call.packed:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def ring_attention_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    lse: Array,
+    comm: Mesh | MPI.Intracomm,
+    *,
+    dlse: Array | None = None,
+    causal: bool = False,
+    layout: str = "zigzag",
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Any = None,
+    cu_seqlens_k: Any = None,
+    positions: Any = None,
+    kv_positions: Any = None,
+    alibi_slopes: Any = None,
+    order: str = "ring",
+) -> tuple[Array, Array, Array]:
+    """The gradients of `ring_attention`.
+
+    Parameters
+    ----------
+    do : (B, S_local, H, Dv)
+        The gradient with respect to o, in the type of q.
+    q, k, v, o, lse
+        What the forward was given and gave.
+    dlse : (B, H, S_local), optional
+        The gradient with respect to lse.
+    comm, causal, layout, scale, window, softcap, cu_seqlens, cu_seqlens_k, positions, kv_positions, alibi_slopes, order
+        As in the forward.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        Of the shapes and the type of q, k and v; summed in float32 (float64) and rounded once.
+
+    Raises
+    ------
+    LayoutError, ShapeError, DTypeError, PeerError
+        As `ring_attention` does.
+
+    Notes
+    -----
+    Collective over all ranks of `comm`.
+    """
+    keywords = {
+        "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
+        "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "positions": positions, "kv_positions": kv_positions,
+        "alibi_slopes": alibi_slopes, "order": order,
+    }  # fmt: skip
+    out_shape, rows = None, None
+    if isinstance(q, np.ndarray) and isinstance(v, np.ndarray) and q.ndim >= 3 and v.ndim:
+        out_shape = (*q.shape[:-1], v.shape[-1])
+        rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    others = {"do": (do, out_shape), "o": (o, out_shape), "lse": (lse, rows)}
+    if dlse is not None:
+        others["dlse"] = (dlse, rows)
+    call = AttentionCall("ring_attention_backward", comm, q, k, v, keywords, others)
+    share_cores(call.grid)
+    sums = kernel.sum_type(q.dtype)
+    if call.packed:
+        do, o, lse, dlse = do[None], o[None], lse[None], None if dlse is None else dlse[None]
+    do, o = do.astype(q.dtype, copy=False), o.astype(q.dtype, copy=False)
+    lse = np.ascontiguousarray(lse, sums)
+    delta = kernel.delta(do, o)
+    if dlse is not None:
+        delta -= dlse.astype(sums, copy=False)
+    run = _backward_canonical if call.options.order == "canonical" else _backward
+    gradients = _guarded(call, lambda mail: run(call, mail, do, lse, delta))
+    dq, dk, dv = (gradient.astype(q.dtype, copy=False) for gradient in gradients)
+    return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
+
+
+def _guarded(call: AttentionCall, work: Callable[[Mailbox], Any]) -> Any:
+    """Carry out with a mailbox; where it fails, the other ranks are told."""
+    mail = Mailbox(call.group, call.what, np)
+    try:
+        result = work(mail)
+        mail.flush()
+    except BaseException as failure:
+        mail.abandon()
+        call.grid.watchdog.fail(failure)
+        raise
+    return result
+
+
+class _Travel:
+    """Arrays of every rank's block on their way to the ranks that need them: (tag, array of this rank) each."""
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        mail: Mailbox,
+        arrays: dict[str, Array],
+        lengths: tuple[int, ...],
+        axes: dict[str, int],
+    ) -> None:
+        self.call, self.mail, self.arrays, self.lengths, self.axes = call, mail, arrays, lengths, axes
+        self._under_way: dict[int, list[Receipt]] = {}
+
+    def send(self, needs: Callable[[int], bool]) -> None:
+        """Send this rank's block to every rank that needs it, the next one first."""
+        group = self.call.group
+        for step in range(1, group.size):
+            peer = (group.index + step) % group.size
+            if needs(peer):
+                for tag, array in self.arrays.items():
+                    self.mail.send(array, peer, TAGS[tag], 0)
+
+    def expect(self, source: int) -> None:
+        """Post the receives of a rank's block."""
+        receipts = []
+        for tag, array in self.arrays.items():
+            shape = list(array.shape)
+            shape[self.axes[tag]] = self.lengths[source]
+            receipts.append(self.mail.receive(tuple(shape), array.dtype, source, TAGS[tag]))
+        self._under_way[source] = receipts
+
+    def block(self, source: int) -> list[Array]:
+        """The arrays of a rank's block, which has arrived when this returns."""
+        if source == self.call.group.index:
+            return list(self.arrays.values())
+        self.mail.wait(self._under_way[source])
+        return [receipt.array for receipt in self._under_way[source]]
+
+    def release(self, source: int) -> None:
+        """This rank has read the block for the last time."""
+        for receipt in self._under_way.pop(source, []):
+            self.mail.release(receipt)
+
+
+def _steps(call: AttentionCall) -> list[int]:
+    """The ranks whose keys this rank's queries see, itself first and then backwards round the ring."""
+    mine, size = call.group.index, call.group.size
+    return [s for step in range(size) if call.sees[mine][s := (mine - step) % size]]
+
+
+def _forward(call: AttentionCall, mail: Mailbox, out: Array) -> Array:
+    mine = call.group.index
+    state = kernel.empty_state(call.q, call.v.shape[-1])
+    if call.options.order == "canonical":
+        keys, (k, v) = _gather(call, mail, {"A": (call.k, 1), "B": (call.v, 1)}, call.keys)
+        kernel.forward(call.q, k, v, call.mask(call.queries[mine], keys), state)
+        return kernel.finish(state, out)
+    travel = _Travel(call, mail, {"A": call.k, "B": call.v}, call.k_lengths, {"A": 1, "B": 1})
+    travel.send(lambda peer: call.sees[peer][mine])
+    steps = _steps(call)
+    if steps and steps[0] != mine:
+        travel.expect(steps[0])
+    for step, source in enumerate(steps):
+        if step + 1 < len(steps):
+            travel.expect(steps[step + 1])
+        k, v = travel.block(source)
+        kernel.forward(call.q, k, v, call.mask(call.queries[mine], call.keys[source]), state)
+        travel.release(source)
+    return kernel.finish(state, out)
+
+
+def _backward(call: AttentionCall, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
+    mine, size, sums = call.group.index, call.group.size, lse.dtype
+    dq, dk, dv = (np.zeros(x.shape, sums) for x in (call.q, call.k, call.v))
+    travel = _Travel(call, mail, {"A": call.k, "B": call.v}, call.k_lengths, {"A": 1, "B": 1})
+    travel.send(lambda peer: call.sees[peer][mine])
+    coming = _steps(call)
+    if coming and coming[0] != mine:
+        travel.expect(coming[0])
+    spaces: list[Workspace] = []
+    for step in range(size):
+        # At distance `step`, this rank helps `source`, and `helper` helps this rank. What is awaited at a distance is
+        # sent before anything is awaited at that distance, so no circle of waits can close.
+        source, helper = (mine - step) % size, (mine + step) % size
+        helped = step > 0 and call.sees[helper][mine]
+        gifts = [mail.receive(d.shape, sums, helper, tag) for d, tag in zip((dk, dv), _HOME, strict=True) if helped]
+        if call.sees[mine][source]:
+            place = coming.index(source)
+            if place + 1 < len(coming):
+                travel.expect(coming[place + 1])
+            k, v = travel.block(source)
+            mask = call.mask(call.queries[mine], call.keys[source])
+            if source == mine:
+                kernel.backward(do, call.q, k, v, mask, lse, delta, dq, dk, dv)
+            else:
+                mail.flush(step - 1, _HOME)
+                for space in spaces:
+                    mail.give_workspace(space)
+                spaces = [mail.workspace(x.shape, sums) for x in (k, v)]
+                for space in spaces:
+                    space.array[...] = 0
+                kernel.backward(do, call.q, k, v, mask, lse, delta, dq, spaces[0].array, spaces[1].array)
+                travel.release(source)
+                for space, tag in zip(spaces, _HOME, strict=True):
+                    mail.send(space.array, source, tag, step)
+        if helped:
+            mail.wait(gifts)
+            for d, gift in zip((dk, dv), gifts, strict=True):
+                d += gift.array
+                mail.release(gift)
+    mail.flush()
+    for space in spaces:
+        mail.give_workspace(space)
+    return dq, dk, dv
+
+
+def _backward_canonical(
+    call: AttentionCall, mail: Mailbox, do: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
+    mine, sums = call.group.index, lse.dtype
+    dq, dk, dv = (np.zeros(x.shape, sums) for x in (call.q, call.k, call.v))
+    keys, (k, v) = _gather(call, mail, {"A": (call.k, 1), "B": (call.v, 1)}, call.keys)
+    no_dk, no_dv = (np.zeros(x.shape, sums) for x in (k, v))
+    kernel.backward(do, call.q, k, v, call.mask(call.queries[mine], keys), lse, delta, dq, no_dk, no_dv)
+    queries, (q, do, lse, delta) = _gather(
+        call, mail, {"A": (call.q, 1), "B": (do, 1), "C": (lse, 2), "replica": (delta, 2)}, call.queries
+    )
+    no_dq = np.zeros(q.shape, sums)
+    kernel.backward(do, q, call.k, call.v, call.mask(queries, call.keys[mine]), lse, delta, no_dq, dk, dv)
+    return dq, dk, dv
+
+
+def _gather(
+    call: AttentionCall, mail: Mailbox, arrays: dict[str, tuple[Array, int]], tokens: tuple[Tokens, ...]
+) -> tuple[Tokens, list[Array]]:
+    """The tokens of all ranks in the order of the sequence, and arrays with an element per token: (array, axis)."""
+    travel = _Travel(call, mail, {tag: array for tag, (array, _) in arrays.items()}, tuple(map(len, tokens)),
+                     {tag: axis for tag, (_, axis) in arrays.items()})  # fmt: skip
+    travel.send(lambda peer: True)
+    everyone = range(call.group.size)
+    for source in everyone:
+        if source != call.group.index:
+            travel.expect(source)
+    blocks = [travel.block(source) for source in everyone]
+    joined = join(tokens)
+    order = reading_order(joined)
+    whole = [
+        np.take(np.concatenate(parts, axis=axis), order, axis=axis)
+        for parts, (_, axis) in zip(zip(*blocks, strict=True), arrays.values(), strict=True)
+    ]
+    for source in everyone:
+        travel.release(source)
+    return Tokens(joined.position[order], joined.document[order]), whole
