@@ -65,13 +65,21 @@ void* sums(const py::array& array, const std::vector<std::int64_t>& shape, Eleme
     return const_cast<void*>(array.data());
 }
 
+// The same for an array that is written.
+void* written(const py::array& array, const std::vector<std::int64_t>& shape, ElementType type, const char* argument) {
+    check(array.writeable(), "attention: ", argument, " is read-only; a writeable array would be right");
+    return sums(array, shape, type, argument);
+}
+
 const std::int32_t* places(const py::object& object, std::int64_t count, const char* argument) {
     if (object.is_none()) return nullptr;
     if (!py::isinstance<py::array>(object))
         throw py::type_error(std::string("attention: ") + argument + " is no array; one of int32 would be right");
     const py::array array = py::reinterpret_borrow<py::array>(object);
-    check(array.dtype().kind() == 'i' && array.itemsize() == 4 && (array.flags() & py::array::c_style) != 0,
-          "attention: ", argument, " is not contiguous int32, which would be right");
+    const char order = array.dtype().byteorder();
+    check(array.dtype().kind() == 'i' && array.itemsize() == 4 && (order == '=' || order == '|') &&
+              (array.flags() & py::array::c_style) != 0,
+          "attention: ", argument, " is not contiguous int32 in the machine's byte order, which would be right");
     check_shape(array, {count}, argument);
     return static_cast<const std::int32_t*>(array.data());
 }
@@ -116,8 +124,8 @@ AttentionProblem problem_of(const py::array& q, const py::array& k, const py::ar
     problem.v_size = v.shape(3);
     check_shape(k, {problem.batch, problem.n_keys, problem.kv_heads, problem.size}, "k");
     check_shape(v, {problem.batch, problem.n_keys, problem.kv_heads, problem.v_size}, "v");
-    check(problem.kv_heads > 0 && problem.heads % problem.kv_heads == 0, "attention: q has ", problem.heads,
-          " heads and k has ", problem.kv_heads, "; a multiple would be right");
+    check(problem.kv_heads > 0 && problem.heads > 0 && problem.heads % problem.kv_heads == 0, "attention: q has ",
+          problem.heads, " heads and k has ", problem.kv_heads, "; a multiple would be right");
     check(problem.size >= 1 && problem.v_size >= 1 && problem.size <= largest_size && problem.v_size <= largest_size,
           "attention: the head sizes are ", problem.size, " and ", problem.v_size, "; 1 to ", largest_size,
           " would be right");
@@ -141,19 +149,22 @@ AttentionProblem problem_of(const py::array& q, const py::array& k, const py::ar
     return problem;
 }
 
-void set_state(AttentionProblem& problem, const py::array& highest, const py::array& total, const py::array& output) {
+// `get` is `sums` or `written`.
+template <class Get>
+void set_state(AttentionProblem& problem, const py::array& highest, const py::array& total, const py::array& output,
+               const Get& get) {
     const std::vector<std::int64_t> rows = {problem.batch, problem.heads, problem.n_queries};
-    problem.highest = sums(highest, rows, problem.type, "highest");
-    problem.total = sums(total, rows, problem.type, "total");
+    problem.highest = get(highest, rows, problem.type, "highest");
+    problem.total = get(total, rows, problem.type, "total");
     problem.output =
-        sums(output, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, problem.type, "output");
+        get(output, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, problem.type, "output");
 }
 
 void forward(const py::array& q, const py::array& k, const py::array& v, const py::tuple& mask_tuple,
              const py::array& highest, const py::array& total, const py::array& output) {
     const Mask mask = mask_of(mask_tuple);
     AttentionProblem problem = problem_of(q, k, v, mask);
-    set_state(problem, highest, total, output);
+    set_state(problem, highest, total, output, written);
     py::gil_scoped_release release;
     run_attention_forward(problem);
 }
@@ -174,9 +185,10 @@ AttentionProblem problem_of_output(const py::array& output) {
 void finish(const py::array& highest, const py::array& total, const py::array& state, const py::array& out,
             const py::array& log_sum) {
     AttentionProblem problem = problem_of_output(out);
-    set_state(problem, highest, total, state);
+    check(out.writeable(), "attention: out is read-only; a writeable array would be right");
+    set_state(problem, highest, total, state, sums);
     const TokenView view = tokens(out, problem.type, "out");
-    void* const sum = sums(log_sum, {problem.batch, problem.heads, problem.n_queries}, problem.type, "log_sum");
+    void* const sum = written(log_sum, {problem.batch, problem.heads, problem.n_queries}, problem.type, "log_sum");
     py::gil_scoped_release release;
     finish_attention(problem, view, sum);
 }
@@ -186,7 +198,7 @@ void delta(const py::array& d_out, const py::array& out, const py::array& result
     const TokenView view = tokens(out, problem.type, "out");
     problem.d_out = tokens(d_out, problem.type, "d_out");
     check_shape(d_out, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, "d_out");
-    void* const to = sums(result, {problem.batch, problem.heads, problem.n_queries}, problem.type, "delta");
+    void* const to = written(result, {problem.batch, problem.heads, problem.n_queries}, problem.type, "delta");
     py::gil_scoped_release release;
     attention_delta(problem, view, to);
 }
@@ -201,9 +213,9 @@ void backward(const py::array& d_out, const py::array& q, const py::array& k, co
     const std::vector<std::int64_t> rows = {problem.batch, problem.heads, problem.n_queries};
     problem.log_sum = sums(log_sum, rows, problem.type, "log_sum");
     problem.delta = sums(delta_array, rows, problem.type, "delta");
-    problem.d_q = sums(d_q, {problem.batch, problem.n_queries, problem.heads, problem.size}, problem.type, "d_q");
-    problem.d_k = sums(d_k, {problem.batch, problem.n_keys, problem.kv_heads, problem.size}, problem.type, "d_k");
-    problem.d_v = sums(d_v, {problem.batch, problem.n_keys, problem.kv_heads, problem.v_size}, problem.type, "d_v");
+    problem.d_q = written(d_q, {problem.batch, problem.n_queries, problem.heads, problem.size}, problem.type, "d_q");
+    problem.d_k = written(d_k, {problem.batch, problem.n_keys, problem.kv_heads, problem.size}, problem.type, "d_k");
+    problem.d_v = written(d_v, {problem.batch, problem.n_keys, problem.kv_heads, problem.v_size}, problem.type, "d_v");
     py::gil_scoped_release release;
     run_attention_backward(problem);
 }

@@ -143,6 +143,8 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
             const T* const from = d_q_row(at);
             for (std::int64_t i = 0; i < problem.size; ++i) d_to[i] = from[i];
         }
+        s.tile[t].finite = !has_nonfinite(s.query_rows + first * s.row_length, in_tile * s.row_length) &&
+                           !has_nonfinite(s.gradient_rows + first * s.v_row_length, in_tile * s.v_row_length);
     }
 
     const auto d_row = [&](void* d, std::int64_t key, std::int64_t size) {
@@ -183,19 +185,29 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
                                 s.gradients + row * problem.v_size, s.d_logits);
                 unweigh<T>(problem, tile, block, begin, count, seen, s.weights, s.d_logits, s.log_sum + row,
                            s.delta + row);
-                small_product<T, (int)lane_count<T>>(count, s.v_row_length, tile.rows, s.weights, 1,
-                                                     s.gradient_rows + row * s.v_row_length, s.v_row_length,
-                                                     s.d_values + begin * s.v_row_length, s.v_row_length, true);
-                small_product<T, (int)lane_count<T>>(count, s.row_length, tile.rows, s.d_logits, 1,
-                                                     s.query_rows + row * s.row_length, s.row_length,
-                                                     s.d_keys + begin * s.row_length, s.row_length, true);
+                const T* const query_rows = s.query_rows + row * s.row_length;
+                const T* const gradient_rows = s.gradient_rows + row * s.v_row_length;
+                T* const d_keys = s.d_keys + begin * s.row_length;
+                T* const d_values = s.d_values + begin * s.v_row_length;
+                if (seen == Sight::all || tile.finite) {
+                    small_product<T, (int)lane_count<T>>(count, s.v_row_length, tile.rows, s.weights, 1, gradient_rows,
+                                                         s.v_row_length, d_values, s.v_row_length, true);
+                    small_product<T, (int)lane_count<T>>(count, s.row_length, tile.rows, s.d_logits, 1, query_rows,
+                                                         s.row_length, d_keys, s.row_length, true);
+                } else {
+                    add_visible<T, true>(problem, tile, block, begin, count, s.weights, gradient_rows, d_values,
+                                         s.v_row_length);
+                    add_visible<T, true>(problem, tile, block, begin, count, s.d_logits, query_rows, d_keys,
+                                         s.row_length);
+                }
                 const T* const keys = s.keys + begin * s.row_length;
                 T* const d_queries = s.d_queries + row * s.row_length;
                 if (seen == Sight::all || block.finite[begin / key_tile])
                     small_product<T, 1>(tile.rows, s.row_length, count, s.d_logits, lane_count<T>, keys, s.row_length,
                                         d_queries, s.row_length, true);
                 else
-                    add_visible<T>(s.d_logits, tile.rows, count, keys, d_queries, s.row_length);
+                    add_visible<T, false>(problem, tile, block, begin, count, s.d_logits, keys, d_queries,
+                                          s.row_length);
             }
         }
         if (!packed) continue;

@@ -16,7 +16,7 @@ namespace fivedp {
 namespace {
 
 // Below this many visible pairs times heads waking a second thread costs more than it saves.
-constexpr double smallest_parallel_pairs = 64 * 1024;
+constexpr double smallest_parallel_pairs = 64 * 1024, smallest_parallel_elements = 256 * 1024;
 
 struct FreeScratch {
     void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
@@ -123,7 +123,8 @@ void each_row(const AttentionProblem& problem, const Row& row) {
         for (std::int64_t query = 0; query < problem.n_queries; ++query)
             row(batch, query, head, index * problem.n_queries + query);
     };
-    on_threads(threads_for(problem), problem.batch * problem.heads, 64, slice);
+    const double elements = static_cast<double>(problem.n_queries) * problem.v_size * problem.batch * problem.heads;
+    on_threads(elements < smallest_parallel_elements ? 1 : thread_count(), problem.batch * problem.heads, 64, slice);
 }
 
 template <class T, class Stored>

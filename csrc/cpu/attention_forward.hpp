@@ -117,17 +117,6 @@ FIVEDP_INLINE void weigh(const AttentionProblem& problem, const QueryTile<T>& ti
             for (std::int64_t i = 0; i < row_length; ++i) output[r * row_length + i] *= factor[r];
 }
 
-// output += weights^T V, one visible pair at a time: for a tile in which a masked value is NaN or infinite.
-template <class T>
-FIVEDP_NOINLINE void add_visible(const T* weights, std::int64_t rows, std::int64_t count, const T* values, T* output,
-                                 std::int64_t row_length) {
-    for (std::int64_t r = 0; r < rows; ++r)
-        for (std::int64_t j = 0; j < count; ++j)
-            if (weights[j * lane_count<T> + r] != T(0))
-                for (std::int64_t i = 0; i < row_length; ++i)
-                    output[r * row_length + i] += weights[j * lane_count<T> + r] * values[j * row_length + i];
-}
-
 template <class T>
 FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const AttentionRange& range, char* scratch) {
     const std::int64_t group = problem.heads / problem.kv_heads;
@@ -194,7 +183,7 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
                     small_product<T, 1>(tile.rows, s.row_length, count, s.weights, lane_count<T>, values, s.row_length,
                                         output, s.row_length, true);
                 else
-                    add_visible<T>(s.weights, tile.rows, count, values, output, s.row_length);
+                    add_visible<T, false>(problem, tile, block, begin, count, s.weights, values, output, s.row_length);
             }
         }
     }

@@ -154,12 +154,13 @@ FIVEDP_INLINE Sight sight(const AttentionProblem& problem, const Span<Index>& q,
     return all ? Sight::all : Sight::some;
 }
 
-// The queries of a range as tiles of lanes: row by row, head after head of the group.
+// The queries of a range as tiles of lanes: query by query, and head by head of the group within.
 template <class T>
 struct QueryTile {
     using Index = IndexOf<T>;
     std::int64_t rows;  // in use, at most lane_count
     Span<Index> span;
+    bool finite;  // no NaN or infinity in its rows
     Index position[tile_columns<T>], document[tile_columns<T>];
     T slope[tile_columns<T>];
 };
@@ -169,8 +170,8 @@ struct RowAt {
     std::int64_t query, head;
 };
 FIVEDP_INLINE RowAt row_at(const AttentionProblem& problem, const AttentionRange& range, std::int64_t row) {
-    const std::int64_t group = problem.heads / problem.kv_heads, queries = range.query_end - range.query_begin;
-    return {range.query_begin + row % queries, range.kv_head * group + row / queries};
+    const std::int64_t group = problem.heads / problem.kv_heads;
+    return {range.query_begin + row / group, range.kv_head * group + row % group};
 }
 
 template <class T>
@@ -178,6 +179,7 @@ FIVEDP_INLINE void describe_tile(const AttentionProblem& problem, const Attentio
                                  std::int64_t rows, QueryTile<T>& tile) {
     using Index = IndexOf<T>;
     tile.rows = rows;
+    tile.finite = true;
     for (std::int64_t lane = 0; lane < lane_count<T>; ++lane) {
         const RowAt at = row_at(problem, range, first + (lane < rows ? lane : rows - 1));
         tile.position[lane] = (Index)problem.q_position[at.query];
@@ -301,4 +303,31 @@ FIVEDP_INLINE Vec<IndexOf<T>> visible(const AttentionProblem& problem, const Que
         if (!problem.causal) seen &= -apart < window;
     }
     return seen;
+}
+
+// Whether one lane sees a key.
+template <class T>
+FIVEDP_INLINE bool sees(const AttentionProblem& problem, const QueryTile<T>& tile, std::int64_t lane,
+                        IndexOf<T> key_position, IndexOf<T> key_document) {
+    const std::int64_t apart = (std::int64_t)tile.position[lane] - key_position;
+    return tile.document[lane] == key_document && !(problem.causal && apart < 0) &&
+           !(problem.window > 0 && (apart >= problem.window || (!problem.causal && -apart >= problem.window)));
+}
+
+// sums[r] += sum over visible keys j of factors[j][r] * rows[j], or, with `keys`, sums[j] += sum over lanes r that see
+// it of factors[j][r] * rows[r]: `small_product` one visible pair at a time, with the same bits, for tiles in which 0
+// times a masked row would be NaN.
+template <class T, bool keys>
+FIVEDP_NOINLINE void add_visible(const AttentionProblem& problem, const QueryTile<T>& tile, const KeyBlock<T>& block,
+                                 std::int64_t begin, std::int64_t count, const T* factors, const T* rows, T* sums,
+                                 std::int64_t row_length) {
+    for (std::int64_t j = 0; j < count; ++j)
+        for (std::int64_t r = 0; r < tile.rows; ++r) {
+            if (!sees<T>(problem, tile, r, block.position[begin + j], block.document[begin + j])) continue;
+            const Vec<T> factor = broadcast<T>(factors[j * lane_count<T> + r]);
+            const T* const from = rows + (keys ? r : j) * row_length;
+            T* const to = sums + (keys ? j : r) * row_length;
+            for (std::int64_t i = 0; i < row_length; i += lanes<T>)
+                store(to + i, fused(factor, load<Vec<T>>(from + i), load<Vec<T>>(to + i)));
+        }
 }

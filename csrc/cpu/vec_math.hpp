@@ -42,13 +42,21 @@ FIVEDP_INLINE Vec<T> exp2(Vec<T> x) {
 #pragma GCC unroll 14
     for (int n = exp2_terms<T> - 2; n >= 0; --n) sum = fused(sum, f, broadcast<T>(exp2_coefficient<T>[n]));
     const Vec<T> scaled = (Vec<T>)((Vec<Index>)sum + ((Vec<Index>)shifted << mantissa));
-    return x < broadcast<T>(lowest) ? Vec<T>{} : scaled;
+    // 0 * x is added for NaN, whose bits the sum above may have made a number.
+    return x < broadcast<T>(lowest) ? Vec<T>{} : fused(x, Vec<T>{}, scaled);
 }
 
-// tanh(y) = 1 - 2 / (e^(2y) + 1), y limited to where it is 1 anyway.
+// tanh(y), y limited to where it is 1 anyway: with e = exp(2 y), 1 - 2 / (e + 1), and where that would cancel,
+// (e - 1) / (e + 1) with the series of e - 1.
 template <class T>
 FIVEDP_INLINE Vec<T> tanh_of(Vec<T> y) {
-    const Vec<T> limit = broadcast<T>(T(20)), two_log2e = broadcast<T>(T(2.8853900817779268147));
+    const Vec<T> limit = broadcast<T>(T(20)), one = broadcast<T>(T(1)), two = broadcast<T>(T(2));
     y = y > limit ? limit : y < -limit ? -limit : y;
-    return broadcast<T>(T(1)) - broadcast<T>(T(2)) / (exp2<T>(y * two_log2e) + broadcast<T>(T(1)));
+    const Vec<T> x = y * broadcast<T>(T(2.8853900817779268147));  // 2 y in units of log 2
+    Vec<T> sum = broadcast<T>(exp2_coefficient<T>[exp2_terms<T> - 1]);
+#pragma GCC unroll 14
+    for (int n = exp2_terms<T> - 2; n >= 1; --n) sum = fused(sum, x, broadcast<T>(exp2_coefficient<T>[n]));
+    const Vec<T> less_one = sum * x;
+    const Vec<T> half = broadcast<T>(T(0.5));
+    return x < half && x > -half ? less_one / (less_one + two) : one - two / (exp2<T>(x) + one);
 }

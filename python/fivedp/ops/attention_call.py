@@ -16,11 +16,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from mpi4py import MPI
 
 from fivedp.comm.agreement import agreement_of
-from fivedp.comm.grid import Group, RankGrid, grid_of
-from fivedp.comm.mesh import Mesh
+from fivedp.comm.grid import Group, RankGrid
 from fivedp.comm.messages import TAGS, Mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels.attention import Mask
@@ -116,6 +114,43 @@ def read_options(operation: str, **given: Any) -> Options:
     )
 
 
+@dataclass
+class Part:
+    """An attention between the tokens of a group of ranks: what the steps of a ring need to know.
+
+    `queries`, `keys` say where the tokens of every member are; `sees[r][s]` whether a query of member r sees a key of
+    member s.
+    """
+
+    grid: RankGrid
+    group: Group
+    what: str
+    options: Options
+    packed: bool
+    q: Array
+    k: Array
+    v: Array
+    queries: tuple[Tokens, ...]
+    keys: tuple[Tokens, ...]
+    sees: tuple[tuple[bool, ...], ...]
+    slopes: tuple[float, ...] | None
+
+    def mask(self, queries: Tokens, keys: Tokens) -> Mask:
+        """The kernel's mask between some queries and some keys."""
+        options = self.options
+        return Mask(
+            queries.position,
+            keys.position,
+            queries.document if self.packed else None,
+            keys.document if self.packed else None,
+            scale=options.scale if options.scale is not None else 1.0 / math.sqrt(self.q.shape[-1]),
+            causal=options.causal,
+            window=options.window or 0,
+            softcap=options.softcap or 0.0,
+            slopes=self.slopes,
+        )
+
+
 class AttentionCall:
     """One call on one rank, agreed with all others: the arrays as (B, S, H, D), and everybody's tokens.
 
@@ -123,7 +158,8 @@ class AttentionCall:
     ----------
     operation : str
         For messages.
-    comm : Mesh or MPI.Intracomm
+    group : Group
+        The ranks that share the sequence.
     q, k, v : array
     keywords : dict
         As users give them.
@@ -139,15 +175,14 @@ class AttentionCall:
     def __init__(
         self,
         operation: str,
-        comm: Mesh | MPI.Intracomm,
+        group: Group,
         q: Array,
         k: Array,
         v: Array,
         keywords: dict[str, Any],
         others: dict[str, tuple[Array, tuple[int, ...] | None]] | None = None,
     ) -> None:
-        self.grid: RankGrid = grid_of(comm)
-        self.group: Group = self.grid.everyone()
+        self.grid, self.group = group.grid, group
         self.operation = operation
         error: ValueError | None = None
         options = Options()
@@ -197,7 +232,7 @@ class AttentionCall:
         else:
             self.keys = _tokens(operation, "k", options.layout, self.k_lengths, k_offsets)
         fixed = not (options.placed or options.kv_placed)
-        see = _who_sees_cached if fixed else _who_sees
+        see = _who_sees_cached if fixed else who_sees
         self.sees = see(self.queries, self.keys, options.causal, options.window or 0)
         """sees[r][s]: whether a query of rank r sees a key of rank s."""
 
@@ -221,25 +256,19 @@ class AttentionCall:
             raise
         return tuple(Tokens(p, np.zeros(len(p), np.int32)) for p in positions)
 
-    def mask(self, queries: Tokens, keys: Tokens) -> Mask:
-        """The kernel's mask between some queries and some keys."""
-        options = self.options
-        return Mask(
-            queries.position,
-            keys.position,
-            queries.document if self.packed else None,
-            keys.document if self.packed else None,
-            scale=options.scale if options.scale is not None else 1.0 / math.sqrt(self.q.shape[-1]),
-            causal=options.causal,
-            window=options.window or 0,
-            softcap=options.softcap or 0.0,
-            slopes=options.alibi_slopes,
-        )
+    @property
+    def part(self) -> Part:
+        """The attention between all ranks of the call."""
+        return Part(
+            self.grid, self.group, self.what, self.options, self.packed, self.q, self.k, self.v, self.queries,
+            self.keys, self.sees, self.options.alibi_slopes,
+        )  # fmt: skip
 
 
-def _who_sees(
+def who_sees(
     queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
 ) -> tuple[tuple[bool, ...], ...]:
+    """[r][s]: whether any of the queries of r sees any of the keys of s."""
     return tuple(tuple(any_visible(q, k, causal, window) for k in keys) for q in queries)
 
 
@@ -249,13 +278,13 @@ _kept: dict[tuple[int, int, bool, int], Any] = {}
 def _who_sees_cached(
     queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
 ) -> tuple[tuple[bool, ...], ...]:
-    """`_who_sees` for tokens that `_tokens` keeps: found again by their identity."""
+    """`who_sees` for tokens that `_tokens` keeps: found again by their identity."""
     key = (id(queries), id(keys), causal, window)
     found = _kept.get(key)
     if found is None or found[0] is not queries or found[1] is not keys:
         if len(_kept) >= 256:
             _kept.clear()
-        found = _kept[key] = (queries, keys, _who_sees(queries, keys, causal, window))
+        found = _kept[key] = (queries, keys, who_sees(queries, keys, causal, window))
     result: tuple[tuple[bool, ...], ...] = found[2]
     return result
 

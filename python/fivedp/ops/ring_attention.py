@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
 from fivedp.kernels import attention as kernel
 from fivedp.layout.sequence import Tokens, join, reading_order
-from fivedp.ops.attention_call import AttentionCall
+from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
 
 Array = Any
@@ -111,10 +112,10 @@ def ring_attention(
         "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "positions": positions, "kv_positions": kv_positions,
         "alibi_slopes": alibi_slopes, "order": order,
     }  # fmt: skip
-    call = AttentionCall("ring_attention", comm, q, k, v, keywords)
+    call = AttentionCall("ring_attention", grid_of(comm).everyone(), q, k, v, keywords)
     share_cores(call.grid)
     out = np.empty((*call.q.shape[:-1], call.v.shape[-1]), call.q.dtype)
-    lse = _guarded(call, lambda mail: _forward(call, mail, out))
+    lse = guarded(call.part, lambda mail: forward(call.part, mail, out))
     if call.packed:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -181,7 +182,7 @@ def ring_attention_backward(
     others = {"do": (do, out_shape), "o": (o, out_shape), "lse": (lse, rows)}
     if dlse is not None:
         others["dlse"] = (dlse, rows)
-    call = AttentionCall("ring_attention_backward", comm, q, k, v, keywords, others)
+    call = AttentionCall("ring_attention_backward", grid_of(comm).everyone(), q, k, v, keywords, others)
     share_cores(call.grid)
     sums = kernel.sum_type(q.dtype)
     if call.packed:
@@ -191,21 +192,20 @@ def ring_attention_backward(
     delta = kernel.delta(do, o)
     if dlse is not None:
         delta -= dlse.astype(sums, copy=False)
-    run = _backward_canonical if call.options.order == "canonical" else _backward
-    gradients = _guarded(call, lambda mail: run(call, mail, do, lse, delta))
+    gradients = guarded(call.part, lambda mail: backward(call.part, mail, do, lse, delta))
     dq, dk, dv = (gradient.astype(q.dtype, copy=False) for gradient in gradients)
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
 
 
-def _guarded(call: AttentionCall, work: Callable[[Mailbox], Any]) -> Any:
+def guarded(part: Part, work: Callable[[Mailbox], Any]) -> Any:
     """Carry out with a mailbox; where it fails, the other ranks are told."""
-    mail = Mailbox(call.group, call.what, np)
+    mail = Mailbox(part.group, part.what, np)
     try:
         result = work(mail)
         mail.flush()
     except BaseException as failure:
         mail.abandon()
-        call.grid.watchdog.fail(failure)
+        part.grid.watchdog.fail(failure)
         raise
     return result
 
@@ -215,18 +215,18 @@ class _Travel:
 
     def __init__(
         self,
-        call: AttentionCall,
+        part: Part,
         mail: Mailbox,
         arrays: dict[str, Array],
         lengths: tuple[int, ...],
         axes: dict[str, int],
     ) -> None:
-        self.call, self.mail, self.arrays, self.lengths, self.axes = call, mail, arrays, lengths, axes
+        self.part, self.mail, self.arrays, self.lengths, self.axes = part, mail, arrays, lengths, axes
         self._under_way: dict[int, list[Receipt]] = {}
 
     def send(self, needs: Callable[[int], bool]) -> None:
         """Send this rank's block to every rank that needs it, the next one first."""
-        group = self.call.group
+        group = self.part.group
         for step in range(1, group.size):
             peer = (group.index + step) % group.size
             if needs(peer):
@@ -244,7 +244,7 @@ class _Travel:
 
     def block(self, source: int) -> list[Array]:
         """The arrays of a rank's block, which has arrived when this returns."""
-        if source == self.call.group.index:
+        if source == self.part.group.index:
             return list(self.arrays.values())
         self.mail.wait(self._under_way[source])
         return [receipt.array for receipt in self._under_way[source]]
@@ -255,39 +255,46 @@ class _Travel:
             self.mail.release(receipt)
 
 
-def _steps(call: AttentionCall) -> list[int]:
+def _steps(part: Part) -> list[int]:
     """The ranks whose keys this rank's queries see, itself first and then backwards round the ring."""
-    mine, size = call.group.index, call.group.size
-    return [s for step in range(size) if call.sees[mine][s := (mine - step) % size]]
+    mine, size = part.group.index, part.group.size
+    return [s for step in range(size) if part.sees[mine][s := (mine - step) % size]]
 
 
-def _forward(call: AttentionCall, mail: Mailbox, out: Array) -> Array:
-    mine = call.group.index
-    state = kernel.empty_state(call.q, call.v.shape[-1])
-    if call.options.order == "canonical":
-        keys, (k, v) = _gather(call, mail, {"A": (call.k, 1), "B": (call.v, 1)}, call.keys)
-        kernel.forward(call.q, k, v, call.mask(call.queries[mine], keys), state)
+def forward(part: Part, mail: Mailbox, out: Array) -> Array:
+    """Write `out` (this rank's queries); the log-sum-exp of its rows."""
+    mine = part.group.index
+    state = kernel.empty_state(part.q, part.v.shape[-1])
+    if part.options.order == "canonical":
+        keys, (k, v) = _gather(part, mail, {"A": (part.k, 1), "B": (part.v, 1)}, part.keys)
+        kernel.forward(part.q, k, v, part.mask(part.queries[mine], keys), state)
         return kernel.finish(state, out)
-    travel = _Travel(call, mail, {"A": call.k, "B": call.v}, call.k_lengths, {"A": 1, "B": 1})
-    travel.send(lambda peer: call.sees[peer][mine])
-    steps = _steps(call)
+    travel = _Travel(part, mail, {"A": part.k, "B": part.v}, tuple(map(len, part.keys)), {"A": 1, "B": 1})
+    travel.send(lambda peer: part.sees[peer][mine])
+    steps = _steps(part)
     if steps and steps[0] != mine:
         travel.expect(steps[0])
     for step, source in enumerate(steps):
         if step + 1 < len(steps):
             travel.expect(steps[step + 1])
         k, v = travel.block(source)
-        kernel.forward(call.q, k, v, call.mask(call.queries[mine], call.keys[source]), state)
+        kernel.forward(part.q, k, v, part.mask(part.queries[mine], part.keys[source]), state)
         travel.release(source)
     return kernel.finish(state, out)
 
 
-def _backward(call: AttentionCall, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
-    mine, size, sums = call.group.index, call.group.size, lse.dtype
-    dq, dk, dv = (np.zeros(x.shape, sums) for x in (call.q, call.k, call.v))
-    travel = _Travel(call, mail, {"A": call.k, "B": call.v}, call.k_lengths, {"A": 1, "B": 1})
-    travel.send(lambda peer: call.sees[peer][mine])
-    coming = _steps(call)
+def backward(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
+    """dq, dk, dv in the type of sums."""
+    run = _backward_canonical if part.options.order == "canonical" else _backward_ring
+    return run(part, mail, do, lse, delta)
+
+
+def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
+    mine, size, sums = part.group.index, part.group.size, lse.dtype
+    dq, dk, dv = (np.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
+    travel = _Travel(part, mail, {"A": part.k, "B": part.v}, tuple(map(len, part.keys)), {"A": 1, "B": 1})
+    travel.send(lambda peer: part.sees[peer][mine])
+    coming = _steps(part)
     if coming and coming[0] != mine:
         travel.expect(coming[0])
     spaces: list[Workspace] = []
@@ -295,16 +302,16 @@ def _backward(call: AttentionCall, mail: Mailbox, do: Array, lse: Array, delta: 
         # At distance `step`, this rank helps `source`, and `helper` helps this rank. What is awaited at a distance is
         # sent before anything is awaited at that distance, so no circle of waits can close.
         source, helper = (mine - step) % size, (mine + step) % size
-        helped = step > 0 and call.sees[helper][mine]
+        helped = step > 0 and part.sees[helper][mine]
         gifts = [mail.receive(d.shape, sums, helper, tag) for d, tag in zip((dk, dv), _HOME, strict=True) if helped]
-        if call.sees[mine][source]:
+        if part.sees[mine][source]:
             place = coming.index(source)
             if place + 1 < len(coming):
                 travel.expect(coming[place + 1])
             k, v = travel.block(source)
-            mask = call.mask(call.queries[mine], call.keys[source])
+            mask = part.mask(part.queries[mine], part.keys[source])
             if source == mine:
-                kernel.backward(do, call.q, k, v, mask, lse, delta, dq, dk, dv)
+                kernel.backward(do, part.q, k, v, mask, lse, delta, dq, dk, dv)
             else:
                 mail.flush(step - 1, _HOME)
                 for space in spaces:
@@ -312,7 +319,7 @@ def _backward(call: AttentionCall, mail: Mailbox, do: Array, lse: Array, delta: 
                 spaces = [mail.workspace(x.shape, sums) for x in (k, v)]
                 for space in spaces:
                     space.array[...] = 0
-                kernel.backward(do, call.q, k, v, mask, lse, delta, dq, spaces[0].array, spaces[1].array)
+                kernel.backward(do, part.q, k, v, mask, lse, delta, dq, spaces[0].array, spaces[1].array)
                 travel.release(source)
                 for space, tag in zip(spaces, _HOME, strict=True):
                     mail.send(space.array, source, tag, step)
@@ -327,32 +334,30 @@ def _backward(call: AttentionCall, mail: Mailbox, do: Array, lse: Array, delta: 
     return dq, dk, dv
 
 
-def _backward_canonical(
-    call: AttentionCall, mail: Mailbox, do: Array, lse: Array, delta: Array
-) -> tuple[Array, Array, Array]:
-    mine, sums = call.group.index, lse.dtype
-    dq, dk, dv = (np.zeros(x.shape, sums) for x in (call.q, call.k, call.v))
-    keys, (k, v) = _gather(call, mail, {"A": (call.k, 1), "B": (call.v, 1)}, call.keys)
+def _backward_canonical(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
+    mine, sums = part.group.index, lse.dtype
+    dq, dk, dv = (np.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
+    keys, (k, v) = _gather(part, mail, {"A": (part.k, 1), "B": (part.v, 1)}, part.keys)
     no_dk, no_dv = (np.zeros(x.shape, sums) for x in (k, v))
-    kernel.backward(do, call.q, k, v, call.mask(call.queries[mine], keys), lse, delta, dq, no_dk, no_dv)
+    kernel.backward(do, part.q, k, v, part.mask(part.queries[mine], keys), lse, delta, dq, no_dk, no_dv)
     queries, (q, do, lse, delta) = _gather(
-        call, mail, {"A": (call.q, 1), "B": (do, 1), "C": (lse, 2), "replica": (delta, 2)}, call.queries
+        part, mail, {"A": (part.q, 1), "B": (do, 1), "C": (lse, 2), "replica": (delta, 2)}, part.queries
     )
     no_dq = np.zeros(q.shape, sums)
-    kernel.backward(do, q, call.k, call.v, call.mask(queries, call.keys[mine]), lse, delta, no_dq, dk, dv)
+    kernel.backward(do, q, part.k, part.v, part.mask(queries, part.keys[mine]), lse, delta, no_dq, dk, dv)
     return dq, dk, dv
 
 
 def _gather(
-    call: AttentionCall, mail: Mailbox, arrays: dict[str, tuple[Array, int]], tokens: tuple[Tokens, ...]
+    part: Part, mail: Mailbox, arrays: dict[str, tuple[Array, int]], tokens: tuple[Tokens, ...]
 ) -> tuple[Tokens, list[Array]]:
     """The tokens of all ranks in the order of the sequence, and arrays with an element per token: (array, axis)."""
-    travel = _Travel(call, mail, {tag: array for tag, (array, _) in arrays.items()}, tuple(map(len, tokens)),
+    travel = _Travel(part, mail, {tag: array for tag, (array, _) in arrays.items()}, tuple(map(len, tokens)),
                      {tag: axis for tag, (_, axis) in arrays.items()})  # fmt: skip
     travel.send(lambda peer: True)
-    everyone = range(call.group.size)
+    everyone = range(part.group.size)
     for source in everyone:
-        if source != call.group.index:
+        if source != part.group.index:
             travel.expect(source)
     blocks = [travel.block(source) for source in everyone]
     joined = join(tokens)
