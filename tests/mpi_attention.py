@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ Array = Any
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64), BFLOAT16)
 LAYOUTS = ("zigzag", "striped", "contiguous")
+Way = tuple[Callable[..., Any], Callable[..., Any]]
+RING: Way = (fivedp.ring_attention, fivedp.ring_attention_backward)
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Case:
             softcap=k.get("softcap") or 0.0, slopes=k.get("alibi_slopes"),
         )  # fmt: skip
 
-    def run(self, comm: MPI.Intracomm, backward: bool = True, **more: Any) -> list[Array]:
+    def run(self, comm: MPI.Intracomm, way: Way = RING, **more: Any) -> list[Array]:
         """o, lse, dq, dk, dv, whole on every rank, from the shares of `comm`."""
         keywords = self.keywords | more
         layout = keywords.get("layout", "zigzag")
@@ -57,9 +60,8 @@ class Case:
             return share[0] if self.packed else share
 
         q, k, v, do, dlse = (*map(local, (self.q, self.k, self.v, self.do)), local(self.dlse, 2))
-        results = list(fivedp.ring_attention(q, k, v, comm, **keywords))
-        if backward:
-            results += fivedp.ring_attention_backward(do, q, k, v, *results, comm, dlse=dlse, **keywords)
+        results = list(way[0](q, k, v, comm, **keywords))
+        results += way[1](do, q, k, v, *results, comm, dlse=dlse, **keywords)
         whole = []
         for number, x in enumerate(results):
             x = x[None] if self.packed else x

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from fivedp.comm.mesh import Axis, Mesh
     from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError
     from fivedp.layout.explain import explain
+    from fivedp.ops.hybrid_attention import (
+        hybrid_attention,
+        hybrid_attention_backward,
+        ulysses_attention,
+        ulysses_attention_backward,
+    )
     from fivedp.ops.matmul import sharded_matmul, sharded_matmul_backward
     from fivedp.ops.ring_attention import ring_attention, ring_attention_backward
     from fivedp.ops.sequence import sequence_gather, sequence_shard
@@ -30,6 +36,12 @@ _HOMES = {
     "fivedp.comm.mesh": ("Axis", "Mesh"),
     "fivedp.errors": ("DTypeError", "LayoutError", "MeshError", "PeerError", "ShapeError"),
     "fivedp.layout.explain": ("explain",),
+    "fivedp.ops.hybrid_attention": (
+        "hybrid_attention",
+        "hybrid_attention_backward",
+        "ulysses_attention",
+        "ulysses_attention_backward",
+    ),
     "fivedp.ops.matmul": ("sharded_matmul", "sharded_matmul_backward"),
     "fivedp.ops.ring_attention": ("ring_attention", "ring_attention_backward"),
     "fivedp.ops.sequence": ("sequence_gather", "sequence_shard"),
@@ -49,6 +61,8 @@ __all__ = [
     "__version__",
     "explain",
     "gather",
+    "hybrid_attention",
+    "hybrid_attention_backward",
     "ring_attention",
     "ring_attention_backward",
     "sequence_gather",
@@ -56,6 +70,8 @@ __all__ = [
     "shard",
     "sharded_matmul",
     "sharded_matmul_backward",
+    "ulysses_attention",
+    "ulysses_attention_backward",
 ]
 
 

@@ -52,7 +52,10 @@ class Arguments:
     error: ValueError | None = None
 
 
-OPERATIONS = ("sharded_matmul", "gather", "ring_attention", "ring_attention_backward", "sequence_gather")
+OPERATIONS = (
+    "sharded_matmul", "gather", "sequence_gather", "ring_attention", "ring_attention_backward", "ulysses_attention",
+    "ulysses_attention_backward", "hybrid_attention", "hybrid_attention_backward",
+)  # fmt: skip
 
 
 def array_kind(array: Array, name: str, operation: str) -> str:

@@ -21,7 +21,8 @@ from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, RankGrid
 from fivedp.comm.messages import TAGS, Mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
-from fivedp.kernels.attention import Mask
+from fivedp.kernels.attention import Mask, sum_type
+from fivedp.kernels.attention import delta as delta_of
 from fivedp.layout.sequence import LAYOUTS, Tokens, any_visible, place, token_indices
 from fivedp.ops.arguments import Arguments, pack, unpack, verdict
 
@@ -61,6 +62,40 @@ class Options:
                 [] if values is None else [f"{name}=({len(values)} numbers, {zlib.crc32(repr(values).encode()):x})"]
             )
         return " ".join([*parts, f"order={self.order}"])
+
+
+# The keywords of every attention.
+DEFAULTS: dict[str, Any] = {
+    "causal": False, "layout": "zigzag", "scale": None, "window": None, "softcap": None, "cu_seqlens": None,
+    "cu_seqlens_k": None, "positions": None, "kv_positions": None, "alibi_slopes": None, "order": "ring",
+}  # fmt: skip
+
+
+def with_defaults(operation: str, given: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Keywords filled up with the defaults, and with `more` for this operation.
+
+    Raises
+    ------
+    TypeError
+        Where one is not known, as Python does.
+    """
+    known = DEFAULTS | more
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}; it takes {', '.join(known)}")
+    return known | given
+
+
+def backward_arrays(
+    q: Array, v: Array, do: Array, o: Array, lse: Array, dlse: Array | None
+) -> dict[str, tuple[Array, tuple[int, ...] | None]]:
+    """The further arrays of a backward, and the shapes that they must have (None where q or v are no good)."""
+    out_shape, rows = None, None
+    if isinstance(q, np.ndarray) and isinstance(v, np.ndarray) and q.ndim >= 3 and v.ndim:
+        out_shape = (*q.shape[:-1], v.shape[-1])
+        rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    arrays = {"do": (do, out_shape), "o": (o, out_shape), "lse": (lse, rows)}
+    return arrays if dlse is None else arrays | {"dlse": (dlse, rows)}
 
 
 def read_options(operation: str, **given: Any) -> Options:
@@ -255,6 +290,17 @@ class AttentionCall:
             self.grid.watchdog.fail(failure)
             raise
         return tuple(Tokens(p, np.zeros(len(p), np.int32)) for p in positions)
+
+    def rows(self, do: Array, o: Array, lse: Array, dlse: Array | None) -> tuple[Array, Array, Array]:
+        """do, lse and delta as the kernel's backward takes them, with a batch."""
+        if self.packed:
+            do, o, lse, dlse = do[None], o[None], lse[None], None if dlse is None else dlse[None]
+        dtype, sums = self.q.dtype, sum_type(self.q.dtype)
+        do, lse = do.astype(dtype, copy=False), np.ascontiguousarray(lse, sums)
+        delta = delta_of(do, o.astype(dtype, copy=False))
+        if dlse is not None:
+            delta -= dlse.astype(sums, copy=False)
+        return do, lse, delta
 
     @property
     def part(self) -> Part:

@@ -28,7 +28,7 @@ from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
 from fivedp.kernels import attention as kernel
 from fivedp.layout.sequence import Tokens, join, reading_order
-from fivedp.ops.attention_call import AttentionCall, Part
+from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays
 from fivedp.ops.matmul import share_cores
 
 Array = Any
@@ -175,23 +175,10 @@ def ring_attention_backward(
         "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "positions": positions, "kv_positions": kv_positions,
         "alibi_slopes": alibi_slopes, "order": order,
     }  # fmt: skip
-    out_shape, rows = None, None
-    if isinstance(q, np.ndarray) and isinstance(v, np.ndarray) and q.ndim >= 3 and v.ndim:
-        out_shape = (*q.shape[:-1], v.shape[-1])
-        rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    others = {"do": (do, out_shape), "o": (o, out_shape), "lse": (lse, rows)}
-    if dlse is not None:
-        others["dlse"] = (dlse, rows)
+    others = backward_arrays(q, v, do, o, lse, dlse)
     call = AttentionCall("ring_attention_backward", grid_of(comm).everyone(), q, k, v, keywords, others)
     share_cores(call.grid)
-    sums = kernel.sum_type(q.dtype)
-    if call.packed:
-        do, o, lse, dlse = do[None], o[None], lse[None], None if dlse is None else dlse[None]
-    do, o = do.astype(q.dtype, copy=False), o.astype(q.dtype, copy=False)
-    lse = np.ascontiguousarray(lse, sums)
-    delta = kernel.delta(do, o)
-    if dlse is not None:
-        delta -= dlse.astype(sums, copy=False)
+    do, lse, delta = call.rows(do, o, lse, dlse)
     gradients = guarded(call.part, lambda mail: backward(call.part, mail, do, lse, delta))
     dq, dk, dv = (gradient.astype(q.dtype, copy=False) for gradient in gradients)
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
