@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fivedp.comm.mesh import Axis, Mesh
     from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError
     from fivedp.layout.explain import explain
+    from fivedp.layout.explain_attention import explain_attention
+    from fivedp.ops.decode_attention import decode_attention
     from fivedp.ops.hybrid_attention import (
         hybrid_attention,
         hybrid_attention_backward,
@@ -36,6 +38,8 @@ _HOMES = {
     "fivedp.comm.mesh": ("Axis", "Mesh"),
     "fivedp.errors": ("DTypeError", "LayoutError", "MeshError", "PeerError", "ShapeError"),
     "fivedp.layout.explain": ("explain",),
+    "fivedp.layout.explain_attention": ("explain_attention",),
+    "fivedp.ops.decode_attention": ("decode_attention",),
     "fivedp.ops.hybrid_attention": (
         "hybrid_attention",
         "hybrid_attention_backward",
@@ -59,7 +63,9 @@ __all__ = [
     "PeerError",
     "ShapeError",
     "__version__",
+    "decode_attention",
     "explain",
+    "explain_attention",
     "gather",
     "hybrid_attention",
     "hybrid_attention_backward",

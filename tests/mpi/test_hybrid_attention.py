@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 import fivedp
 from fivedp.comm.grid import grid_of
+from fivedp.layout.explain_attention import attention_prices
 from mpi_attention import Case, Way, draw, judge
 
 RANKS = (1, 2, 3, 4, 6, 8)
@@ -83,3 +84,27 @@ def test_wrong_arguments_raise_on_all_ranks(comm: MPI.Intracomm) -> None:
         assert text in str(caught.value)
     case = Case(x, x, x, x, np.zeros((1, 2, 8), np.float32))
     judge(case, case.run(comm, ULYSSES), case.exact())
+
+
+def test_prices_are_the_bytes_that_are_sent(comm: MPI.Intracomm, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        case = draw(rng)
+        shapes = {name: getattr(case, name).shape for name in "qkv"}
+        mask = {name: case.keywords.get(name) for name in ("window", "cu_seqlens")}
+        prices = attention_prices(
+            shapes, comm.size, causal=case.keywords["causal"], layout=case.keywords["layout"],
+            itemsize=case.q.dtype.itemsize, **mask,
+        )  # fmt: skip
+        for price in prices:
+            mesh = fivedp.Mesh(comm, tp=price.heads, sp=price.ring)
+            sent = sum(mesh.bytes_sent.values())
+            layout = case.keywords["layout"]
+            local = [fivedp.sequence_shard(x, comm, layout=layout) for x in (case.q, case.k, case.v, case.do)]
+            local = [x[0] for x in local] if case.packed else local
+            o, lse = fivedp.hybrid_attention(*local[:3], mesh, **case.keywords)
+            forward = sum(mesh.bytes_sent.values()) - sent
+            assert comm.allreduce(forward) == price.forward, (price, case.keywords, shapes)
+            fivedp.hybrid_attention_backward(local[3], *local[:3], o, lse, mesh, **case.keywords)
+            backward = sum(mesh.bytes_sent.values()) - sent - forward
+            assert comm.allreduce(backward) == price.backward, (price, case.keywords, shapes)

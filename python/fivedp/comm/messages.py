@@ -113,6 +113,8 @@ class _Box:
     extent: tuple[int, int]
     readers: int = 0
     key: tuple[Any, ...] = field(default_factory=tuple)
+    source: Any = None
+    """What was copied: while it is held, no other array can have its address."""
 
 
 class Mailbox:
@@ -207,7 +209,7 @@ class Mailbox:
                 if extent is None:
                     window.give_cell(cell)
                     return False
-                box = self._boxes[key] = _Box(window.array(extent, array.shape, array.dtype), extent, 0, key)
+                box = self._boxes[key] = _Box(window.array(extent, array.shape, array.dtype), extent, 0, key, array)
                 box.array[...] = array
             box.readers += 1
             array, offset = box.array, box.extent[0]

@@ -120,6 +120,18 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> None:
     _cpu.attention_forward(q_rows, k_rows, v_rows, mask._packed(), state.highest, state.total, state.output)
 
 
+def join(states: Sequence[State]) -> State:
+    """The state of queries that have seen the keys of all `states`, added in their order."""
+    highest = np.maximum.reduce([state.highest for state in states])
+    from_here = np.where(np.isneginf(highest), 0, highest)
+    total, output = np.zeros_like(highest), np.zeros_like(states[0].output)
+    for state in states:
+        factor = np.exp2(state.highest - from_here)
+        total += factor * state.total
+        output += factor.transpose(0, 2, 1)[..., None] * state.output
+    return State(highest, total, output)
+
+
 def finish(state: State, out: Array) -> Array:
     """The attention of a state: `out` (B, S, H, Dv) is written, and lse (B, H, S) returned.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fivedp.layout.shares import border
+from fivedp.layout.shares import border, share
 
 LAYOUTS = ("zigzag", "striped", "contiguous")
 Indices = npt.NDArray[np.int64]
@@ -75,3 +75,37 @@ def any_visible(queries: Tokens, keys: Tokens, causal: bool, window: int) -> boo
     high = i if causal else (i + window - 1 if window else np.full_like(i, spread // 2))
     first = np.searchsorted(ordered, base + np.maximum(low, 0), side="left")
     return bool((first < np.searchsorted(ordered, base + high, side="right")).any())
+
+
+def who_sees(
+    queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
+) -> tuple[tuple[bool, ...], ...]:
+    """[r][s]: whether any of the queries of r sees any of the keys of s."""
+    return tuple(tuple(any_visible(q, k, causal, window) for k in keys) for q in queries)
+
+
+@dataclass(frozen=True)
+class HeadCut:
+    """The query heads [begin, end) of a rank, and the key heads [kv_begin, kv_end) that they read.
+
+    By the block rule: key heads with their query heads, or query heads where there are fewer key heads than ranks.
+    """
+
+    begin: int
+    end: int
+    kv_begin: int
+    kv_end: int
+
+    @classmethod
+    def of(cls, heads: int, kv_heads: int, parts: int, part: int) -> HeadCut:
+        """The heads of `part` of `parts`."""
+        group = heads // kv_heads
+        if kv_heads >= parts:
+            kv_begin, kv_end = share(kv_heads, parts, part)
+            return cls(kv_begin * group, kv_end * group, kv_begin, kv_end)
+        begin, end = share(heads, parts, part)
+        return cls(begin, end, begin // group, -(-end // group) if end > begin else begin // group)
+
+    def readers(self, group: int) -> list[int]:
+        """For each query head, which of the rank's key heads it reads."""
+        return [head // group - self.kv_begin for head in range(self.begin, self.end)]

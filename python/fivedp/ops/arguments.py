@@ -54,7 +54,7 @@ class Arguments:
 
 OPERATIONS = (
     "sharded_matmul", "gather", "sequence_gather", "ring_attention", "ring_attention_backward", "ulysses_attention",
-    "ulysses_attention_backward", "hybrid_attention", "hybrid_attention_backward",
+    "ulysses_attention_backward", "hybrid_attention", "hybrid_attention_backward", "decode_attention",
 )  # fmt: skip
 
 

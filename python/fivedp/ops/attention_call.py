@@ -23,7 +23,7 @@ from fivedp.comm.messages import TAGS, Mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels.attention import Mask, sum_type
 from fivedp.kernels.attention import delta as delta_of
-from fivedp.layout.sequence import LAYOUTS, Tokens, any_visible, place, token_indices
+from fivedp.layout.sequence import LAYOUTS, Tokens, place, token_indices, who_sees
 from fivedp.ops.arguments import Arguments, pack, unpack, verdict
 
 Array = Any
@@ -200,6 +200,8 @@ class AttentionCall:
         As users give them.
     others : dict of str to (array, array)
         Further arrays and those whose shape they must have.
+    queries_everywhere : bool
+        Whether every rank has all queries, and only the keys are cut.
 
     Raises
     ------
@@ -216,6 +218,8 @@ class AttentionCall:
         v: Array,
         keywords: dict[str, Any],
         others: dict[str, tuple[Array, tuple[int, ...] | None]] | None = None,
+        *,
+        queries_everywhere: bool = False,
     ) -> None:
         self.grid, self.group = group.grid, group
         self.operation = operation
@@ -232,8 +236,11 @@ class AttentionCall:
         except ValueError as found:
             error = found
         self.options = options
-        self.what = f"called {operation} with {options.text()}"
-        arguments = Arguments(operation, options.text(), shapes, dtypes, "numpy", "tree", "sum", 1.0, 0.0, error)
+        text = options.text()
+        if queries_everywhere and options.placed:
+            text += f" positions {zlib.crc32(np.asarray(keywords['positions'], np.int64).tobytes()):x}"
+        self.what = f"called {operation} with {text}"
+        arguments = Arguments(operation, text, shapes, dtypes, "numpy", "tree", "sum", 1.0, 0.0, error)
         headers = agreement_of(self.group).exchange(pack(arguments), self.what)
         verdict(headers, (), *self.group.numbering)
         everyone = [unpack(row.tobytes()).shapes for row in headers]
@@ -244,7 +251,34 @@ class AttentionCall:
         self.q_lengths = tuple(shape[axis] for shape in q_shapes)
         self.k_lengths = tuple(shape[axis] for shape in k_shapes)
         self.q, self.k, self.v = (x[None] if self.packed else x for x in (q, k, v))
-        self._place(keywords)
+        if queries_everywhere:
+            self._place_keys(keywords)
+        else:
+            self._place(keywords)
+
+    def _place_keys(self, keywords: dict[str, Any]) -> None:
+        """Find out where this rank's keys are, and the queries that all ranks have."""
+        options, operation, mine, size = self.options, self.operation, self.group.index, self.group.size
+        count, total = self.q_lengths[0], sum(self.k_lengths)
+        if len(set(self.q_lengths)) > 1:
+            odd = next(rank for rank, length in enumerate(self.q_lengths) if length != count)
+            raise ShapeError(
+                f"{operation}: `q` has {self.q_lengths[odd]} tokens on rank {odd} and {count} on rank 0; "
+                "every rank must give the same queries"
+            )
+        if not options.placed and (options.kv_placed or count > total):
+            raise LayoutError(
+                f"{operation}: `q` has {count} tokens, the cache {total}; positions are needed where the queries are "
+                "not its last tokens or kv_positions are given"
+            )
+        positions = np.asarray(keywords["positions"], np.int32) if options.placed else np.arange(total - count, total)
+        self.queries = (place(positions.astype(np.int64), None),) * size
+        if options.kv_placed:
+            keys = place(np.asarray(keywords["kv_positions"], np.int64), None)
+        else:
+            keys = _tokens(operation, "k", options.layout, self.k_lengths, None)[mine]
+        self.keys = (keys,) * size
+        self.sees: tuple[tuple[bool, ...], ...] = ()
 
     def _place(self, keywords: dict[str, Any]) -> None:
         """Find out where the tokens of every rank are."""
@@ -309,13 +343,6 @@ class AttentionCall:
             self.grid, self.group, self.what, self.options, self.packed, self.q, self.k, self.v, self.queries,
             self.keys, self.sees, self.options.alibi_slopes,
         )  # fmt: skip
-
-
-def who_sees(
-    queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
-) -> tuple[tuple[bool, ...], ...]:
-    """[r][s]: whether any of the queries of r sees any of the keys of s."""
-    return tuple(tuple(any_visible(q, k, causal, window) for k in keys) for q in queries)
 
 
 _kept: dict[tuple[int, int, bool, int], Any] = {}

@@ -25,9 +25,8 @@ from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox
 from fivedp.errors import LayoutError
 from fivedp.kernels import attention as kernel
-from fivedp.layout.sequence import Indices, Tokens, join, reading_order
-from fivedp.layout.shares import share
-from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, who_sees, with_defaults
+from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order, who_sees
+from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, with_defaults
 from fivedp.ops.matmul import share_cores
 from fivedp.ops.ring_attention import backward, forward, guarded
 
@@ -181,29 +180,6 @@ def _two_axes(name: str, mesh: Mesh, heads: str, ring: str) -> _Places:
     return _Places.of(grid, resolve_axes(grid.names, (heads,)), resolve_axes(grid.names, (ring,)))
 
 
-@dataclass(frozen=True)
-class _HeadCut:
-    """The query heads [begin, end) of a rank, and the key heads [kv_begin, kv_end) that they read."""
-
-    begin: int
-    end: int
-    kv_begin: int
-    kv_end: int
-
-    @classmethod
-    def of(cls, heads: int, kv_heads: int, parts: int, part: int) -> _HeadCut:
-        group = heads // kv_heads
-        if kv_heads >= parts:
-            kv_begin, kv_end = share(kv_heads, parts, part)
-            return cls(kv_begin * group, kv_end * group, kv_begin, kv_end)
-        begin, end = share(heads, parts, part)
-        return cls(begin, end, begin // group, -(-end // group) if end > begin else begin // group)
-
-    def readers(self, group: int) -> list[int]:
-        """For each query head, which of the rank's key heads it reads."""
-        return [head // group - self.kv_begin for head in range(self.begin, self.end)]
-
-
 class _Exchange:
     """Heads against tokens, between the ranks of one group."""
 
@@ -211,7 +187,7 @@ class _Exchange:
         self.places, self.group = places, places.heads
         heads, kv_heads = call.q.shape[2], call.k.shape[2]
         self.ratio = heads // kv_heads
-        self.cuts = [_HeadCut.of(heads, kv_heads, self.group.size, part) for part in range(self.group.size)]
+        self.cuts = [HeadCut.of(heads, kv_heads, self.group.size, part) for part in range(self.group.size)]
         self.mine = self.cuts[self.group.index]
         self.replicated = kv_heads < self.group.size
         self.readers = self.mine.readers(self.ratio)
