@@ -18,7 +18,9 @@ EXAMPLES = sorted(path for path in ROOT.glob("docs/examples/*.py") if path.stem 
 PLANS = [
     (document.name, call, printed)
     for document in DOCUMENTS
-    for call, printed in re.findall(r">>> print\(fivedp\.explain\(([^\n]*)\)\)\n(.*?)```", document.read_text(), re.S)
+    for call, printed in re.findall(
+        r">>> print\((fivedp\.explain\w*\([^\n]*\))\)\n(.*?)```", document.read_text(), re.S
+    )
 ]
 
 
@@ -35,8 +37,12 @@ def test_documents_print_plans() -> None:
 
 @pytest.mark.parametrize(("document", "call", "printed"), PLANS, ids=lambda text: text[:30])
 def test_printed_plan_is_todays(document: str, call: str, printed: str) -> None:
-    spec, sizes, axes = ast.literal_eval(f"({call})")
-    assert fivedp.explain(spec, sizes, axes).strip() == printed.strip(), document
+    tree = ast.parse(call, mode="eval").body
+    assert isinstance(tree, ast.Call)
+    assert isinstance(tree.func, ast.Attribute)
+    arguments = [ast.literal_eval(argument) for argument in tree.args]
+    keywords = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in tree.keywords}
+    assert getattr(fivedp, tree.func.attr)(*arguments, **keywords).strip() == printed.strip(), document
 
 
 def test_readme_shows_the_example_that_runs() -> None:
