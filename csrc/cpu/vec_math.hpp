@@ -32,7 +32,7 @@ static constexpr T exp2_coefficient[14] = {T(1.0),
 // half), and n added to the exponent's bits. NaN stays NaN.
 template <class T>
 FIVEDP_INLINE Vec<T> exp2(Vec<T> x) {
-    using Index = IndexOf<T>;
+    using Bits = std::make_unsigned_t<IndexOf<T>>;
     constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
     constexpr T lowest = sizeof(T) == 4 ? T(-126) : T(-1022);
     const Vec<T> magic = broadcast<T>(sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0));  // 1.5 * 2^mantissa
@@ -41,7 +41,7 @@ FIVEDP_INLINE Vec<T> exp2(Vec<T> x) {
     Vec<T> sum = broadcast<T>(exp2_coefficient<T>[exp2_terms<T> - 1]);
 #pragma GCC unroll 14
     for (int n = exp2_terms<T> - 2; n >= 0; --n) sum = fused(sum, f, broadcast<T>(exp2_coefficient<T>[n]));
-    const Vec<T> scaled = (Vec<T>)((Vec<Index>)sum + ((Vec<Index>)shifted << mantissa));
+    const Vec<T> scaled = (Vec<T>)((Vec<Bits>)sum + ((Vec<Bits>)shifted << mantissa));
     // 0 * x is added for NaN, whose bits the sum above may have made a number.
     return x < broadcast<T>(lowest) ? Vec<T>{} : fused(x, Vec<T>{}, scaled);
 }
