@@ -16,7 +16,7 @@ import os, signal, sys, time
 import numpy as np
 from mpi4py import MPI
 import fivedp
-from fivedp.ops import execution
+from fivedp.ops import execution, prepared
 comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
 a, b = np.ones((64, 8), np.float32), np.ones((8, 64), np.float32)
@@ -27,10 +27,12 @@ def say(text):
     sys.stdout.flush()
 def break_multiplication(how):
     # Inside the call: headers are agreed, the others already wait for this rank's partial sums.
-    def broken(self, stage):
+    def broken(self, *arguments):
         how()
     execution._Run._multiply = broken
-multiply()
+    prepared.Prepared._multiply = broken
+if os.environ.get("FIRST_CALL") != "1":
+    multiply()  # so that the call that fails is one that came before, on prepared requests
 """
 CATCH = """
 begin = time.monotonic()
@@ -55,10 +57,16 @@ def caught(done: Finished) -> dict[int, tuple[str, float, str]]:
     return {int(rank): (kind, float(seconds), text) for rank, kind, seconds, text in found}
 
 
-def test_uncaught_exception_ends_the_job_with_its_traceback() -> None:
+# The way of a first call, with messages of its own, and that of the same call again, with prepared ones.
+WAYS = pytest.mark.parametrize("first_call", ["1", "0"], ids=["first call", "prepared call"])
+
+
+@WAYS
+def test_uncaught_exception_ends_the_job_with_its_traceback(first_call: str) -> None:
     done = run(
         "def how():\n    raise RuntimeError('seeded fault')\nif rank == 1:\n    break_multiplication(how)\n",
         catch=False,
+        FIRST_CALL=first_call,
     )
     assert done.returncode != 0
     assert "fivedp: rank 1 raised, the job ends" in done.stderr
@@ -75,9 +83,11 @@ def test_uncaught_exception_outside_a_call_ends_the_job() -> None:
     assert done.seconds < 15
 
 
-def test_exception_in_the_middle_reaches_the_others() -> None:
+@WAYS
+def test_exception_in_the_middle_reaches_the_others(first_call: str) -> None:
     done = run(
-        "def how():\n    raise MemoryError('seeded fault')\nif rank == 1:\n    break_multiplication(how)\n" + CATCH
+        "def how():\n    raise MemoryError('seeded fault')\nif rank == 1:\n    break_multiplication(how)\n" + CATCH,
+        FIRST_CALL=first_call,
     )
     first = [line for line in done.stdout.splitlines() if "caught" in line]
     kinds = {int(line.split()[1][:-1]): line for line in first[::-1]}
@@ -92,6 +102,28 @@ def test_exception_in_the_middle_reaches_the_others() -> None:
         # The second call does not hang, nor give a wrong result.
         assert "PeerError" in mine[1], mine
         assert "can't be used any more" in mine[1], mine
+
+
+def test_exception_in_the_middle_of_a_ring_reaches_the_others() -> None:
+    done = run(
+        "from fivedp.kernels import attention\n"
+        "x = np.ones((1, 300, 2, 8), np.float32)\n"
+        "o, lse = fivedp.ring_attention(x, x, x, comm, layout='contiguous')\n"
+        "def multiply():\n"
+        "    return fivedp.ring_attention_backward(x, x, x, x, o, lse, comm, layout='contiguous')\n"
+        "backward = attention.backward\n"
+        "def broken(*arguments):\n"
+        "    if broken.calls:\n        raise MemoryError('seeded fault')\n"
+        "    broken.calls += 1\n    backward(*arguments)\n"
+        "broken.calls = 0\n"
+        "if rank == 1:\n    attention.backward = broken  # its own keys still, then no more\n"
+    )
+    found = caught(done)
+    assert found[1][0] == "MemoryError"
+    for rank in (0, 2):  # they wait for what rank 1 owes to the gradients of their keys
+        assert found[rank][0] == "PeerError"
+        assert "rank 1: MemoryError: seeded fault" in found[rank][2]
+        assert found[rank][1] < 5
 
 
 def test_memory_that_cannot_be_had_for_the_result() -> None:
@@ -142,9 +174,10 @@ def test_rank_that_exits(place: str) -> None:
     assert all(found[rank][1] < 6 for rank in others), found
 
 
+@WAYS
 @pytest.mark.parametrize("end", ["os._exit(0)", "os._exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_rank_that_dies(end: str) -> None:
-    done = run(f"def how():\n    {end}\nif rank == 1:\n    break_multiplication(how)\n")
+def test_rank_that_dies(end: str, first_call: str) -> None:
+    done = run(f"def how():\n    {end}\nif rank == 1:\n    break_multiplication(how)\n", FIRST_CALL=first_call)
     found = caught(done)
     # The launcher may end the others first; where it does not, they know.
     for rank, (kind, seconds, text) in found.items():
