@@ -10,7 +10,7 @@
 //
 // FLOPs: 2 (3 size + 2 v_size) a visible pair and head. d_q, d_k and d_v are sums of the type of sums and are added to,
 // keys in rising order for d_q, queries in rising order for d_k and d_v: an element's sum is one chain, however the
-// keys and queries are cut. One range must hold all queries of a key head that are computed at the same time.
+// keys and queries are cut. So ranges of one key head come one after the other, never at the same time.
 
 template <class T>
 struct BackwardScratch {

@@ -8,9 +8,10 @@ from a shared window. Device arrays pass through host buffers.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -340,6 +341,19 @@ class Mailbox:
         """A function to call now and then while computing: MPI moves messages only inside its own calls."""
         data, tag = self.group.grid.data, self._first_tag + _PROBE_TAG
         return lambda: data.Iprobe(MPI.ANY_SOURCE, tag)
+
+
+@contextlib.contextmanager
+def mailbox(group: Group, what: str, xp: Any) -> Iterator[Mailbox]:
+    """A mailbox whose messages have all been received when the block ends; where it fails, the other ranks are told."""
+    mail = Mailbox(group, what, xp)
+    try:
+        yield mail
+        mail.flush()
+    except BaseException as failure:
+        mail.abandon()
+        group.grid.watchdog.fail(failure)
+        raise
 
 
 def _cut(flat: Buffer) -> list[Buffer]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, RankGrid
-from fivedp.comm.messages import TAGS, Mailbox
+from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels.attention import Mask, sum_type
 from fivedp.kernels.attention import delta as delta_of
@@ -307,8 +307,8 @@ class AttentionCall:
 
     def _exchange(self, mine: Array, lengths: tuple[int, ...]) -> tuple[Tokens, ...]:
         """Everybody's positions."""
-        group, mail = self.group, Mailbox(self.group, self.what, np)
-        try:
+        group = self.group
+        with mailbox(group, self.what, np) as mail:
             receipts = {
                 s: mail.receive((lengths[s],), np.int32, s, TAGS["A"]) for s in range(group.size) if s != group.index
             }
@@ -318,11 +318,6 @@ class AttentionCall:
             positions = [mine if s == group.index else receipts[s].array.copy() for s in range(group.size)]
             for receipt in receipts.values():
                 mail.release(receipt)
-            mail.flush()
-        except BaseException as failure:
-            mail.abandon()
-            self.grid.watchdog.fail(failure)
-            raise
         return tuple(Tokens(p, np.zeros(len(p), np.int32)) for p in positions)
 
     def rows(self, do: Array, o: Array, lse: Array, dlse: Array | None) -> tuple[Array, Array, Array]:

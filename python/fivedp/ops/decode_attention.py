@@ -15,12 +15,11 @@ from mpi4py import MPI
 
 from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
-from fivedp.comm.messages import TAGS, Mailbox
+from fivedp.comm.messages import TAGS, Mailbox, mailbox
 from fivedp.kernels import attention as kernel
 from fivedp.kernels.attention import State
 from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
-from fivedp.ops.ring_attention import guarded
 
 Array = Any
 
@@ -88,7 +87,9 @@ def decode_attention(
     part, mine = call.part, call.group.index
     state = kernel.empty_state(call.q, call.v.shape[-1])
     kernel.forward(call.q, call.k, call.v, part.mask(call.queries[mine], call.keys[mine]), state)
-    state = kernel.join(guarded(part, lambda mail: _exchange(part, mail, state)))
+    with mailbox(call.group, call.what, np) as mail:
+        states = _exchange(part, mail, state)
+    state = kernel.join(states)
     out = np.empty(state.output.shape, q.dtype)
     lse = kernel.finish(state, out)
     return (out, lse) if return_lse else out

@@ -22,13 +22,13 @@ from mpi4py import MPI
 
 from fivedp.comm.grid import Group, RankGrid, grid_of, resolve_axes
 from fivedp.comm.mesh import Mesh
-from fivedp.comm.messages import TAGS, Mailbox
+from fivedp.comm.messages import TAGS, Mailbox, mailbox
 from fivedp.errors import LayoutError
 from fivedp.kernels import attention as kernel
 from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order, who_sees
 from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, with_defaults
 from fivedp.ops.matmul import share_cores
-from fivedp.ops.ring_attention import backward, forward, guarded
+from fivedp.ops.ring_attention import backward, forward
 
 Array = Any
 
@@ -237,6 +237,15 @@ class _Exchange:
         _all_to_all(self.group, mail, outgoing, shapes, tag, put)
         return parts
 
+    def key_gradient(self, call: AttentionCall, mail: Mailbox, d: Array, tag: str) -> Array:
+        """This rank's tokens of all key heads; one that several ranks had is a sum over them, rounded once."""
+        dtype = call.q.dtype
+        parts = self.scatter(mail, d if self.replicated else d.astype(dtype), self.keys, True, tag)
+        whole = np.zeros((*parts[0].shape[:2], call.k.shape[2], d.shape[3]), parts[0].dtype)
+        for cut, piece in zip(self.cuts, parts, strict=True):
+            whole[:, :, cut.kv_begin : cut.kv_end] += piece
+        return whole.astype(dtype, copy=False)
+
     def part(self, call: AttentionCall, mail: Mailbox) -> Part:
         """The attention over the ring, on this rank's heads."""
         places, options = self.places, call.options
@@ -299,35 +308,20 @@ def _forward(operation: str, places: _Places, q: Array, k: Array, v: Array, give
     call = AttentionCall(operation, places.everyone, q, k, v, keywords)
     share_cores(call.grid)
     exchange = _Exchange(places, call)
-    part = _over_heads(call, exchange, lambda mail: exchange.part(call, mail))
+    with mailbox(exchange.group, call.what, np) as mail:
+        part = exchange.part(call, mail)
     inner = np.empty((*part.q.shape[:-1], call.v.shape[-1]), q.dtype)
-    lse = guarded(part, lambda mail: forward(part, mail, inner)) if part.q.shape[2] else _no_rows(part)
-
-    def back(mail: Mailbox) -> tuple[Array, Array]:
-        o = np.concatenate(exchange.scatter(mail, inner, exchange.queries, False, "A"), axis=2)
-        return o, np.concatenate(exchange.scatter(mail, lse, exchange.queries, False, "B", axis=2), axis=1)
-
-    out, lse_out = _over_heads(call, exchange, back)
+    if part.q.shape[2]:
+        with mailbox(part.group, part.what, np) as mail:
+            lse = forward(part, mail, inner)
+    else:  # no heads for this rank, nor for any of its ring
+        lse = np.empty((part.q.shape[0], 0, part.q.shape[1]), kernel.sum_type(q.dtype))
+    with mailbox(exchange.group, call.what, np) as mail:
+        out = np.concatenate(exchange.scatter(mail, inner, exchange.queries, False, "A"), axis=2)
+        lse_out = np.concatenate(exchange.scatter(mail, lse, exchange.queries, False, "B", axis=2), axis=1)
     if call.packed:
         out, lse_out = out[0], lse_out[0]
     return (out, lse_out) if return_lse else out
-
-
-def _no_rows(part: Part) -> Array:
-    return np.empty((part.q.shape[0], 0, part.q.shape[1]), kernel.sum_type(part.q.dtype))
-
-
-def _over_heads(call: AttentionCall, exchange: _Exchange, work: Callable[[Mailbox], Any]) -> Any:
-    """Carry out with a mailbox of the ranks that exchange heads."""
-    mail = Mailbox(exchange.group, call.what, np)
-    try:
-        result = work(mail)
-        mail.flush()
-    except BaseException as failure:
-        mail.abandon()
-        call.grid.watchdog.fail(failure)
-        raise
-    return result
 
 
 def _backward(
@@ -348,36 +342,23 @@ def _backward(
     do, lse, delta = call.rows(do, o, lse, dlse)
     exchange = _Exchange(places, call)
 
-    def there(mail: Mailbox) -> tuple[Part, Array, Array, Array]:
-        queries = exchange.queries
-        return (
-            exchange.part(call, mail),
-            exchange.gather(mail, do, queries, False, "A"),
-            exchange.gather(mail, lse, queries, False, "B", axis=2),
-            exchange.gather(mail, delta, queries, False, "C", axis=2),
-        )
-
-    part, do_heads, lse_heads, delta_heads = _over_heads(call, exchange, there)
+    queries = exchange.queries
+    with mailbox(exchange.group, call.what, np) as mail:
+        part = exchange.part(call, mail)
+        do_heads = exchange.gather(mail, do, queries, False, "A")
+        lse_heads = exchange.gather(mail, lse, queries, False, "B", axis=2)
+        delta_heads = exchange.gather(mail, delta, queries, False, "C", axis=2)
     if part.q.shape[2]:
-        dq, dk, dv = guarded(part, lambda mail: backward(part, mail, do_heads, lse_heads, delta_heads))
+        with mailbox(part.group, part.what, np) as mail:
+            dq, dk, dv = backward(part, mail, do_heads, lse_heads, delta_heads)
     else:
         dq, dk, dv = (np.zeros(x.shape, lse.dtype) for x in (part.q, part.k, part.v))
     if exchange.expanded:
         dk, dv = (_unrepeat(d, exchange.readers, exchange.mine.kv_end - exchange.mine.kv_begin) for d in (dk, dv))
 
-    def back(mail: Mailbox) -> list[Array]:
-        gradients = [np.concatenate(exchange.scatter(mail, dq.astype(q.dtype), exchange.queries, False, "A"), axis=2)]
-        for d, tag in ((dk, "B"), (dv, "C")):
-            # A key head of several ranks is a sum over them, rounded once.
-            d = d if exchange.replicated else d.astype(q.dtype)
-            parts = exchange.scatter(mail, d, exchange.keys, True, tag)
-            whole = np.zeros((*parts[0].shape[:2], call.k.shape[2], d.shape[3]), d.dtype)
-            for cut, piece in zip(exchange.cuts, parts, strict=True):
-                whole[:, :, cut.kv_begin : cut.kv_end] += piece
-            gradients.append(whole.astype(q.dtype, copy=False))
-        return gradients
-
-    dq, dk, dv = _over_heads(call, exchange, back)
+    with mailbox(exchange.group, call.what, np) as mail:
+        dq = np.concatenate(exchange.scatter(mail, dq.astype(q.dtype), queries, False, "A"), axis=2)
+        dk, dv = (exchange.key_gradient(call, mail, d, tag) for d, tag in ((dk, "B"), (dv, "C")))
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
 
 

@@ -25,7 +25,7 @@ from mpi4py import MPI
 
 from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
-from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
+from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace, mailbox
 from fivedp.kernels import attention as kernel
 from fivedp.layout.sequence import Tokens, join, reading_order
 from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays
@@ -115,7 +115,8 @@ def ring_attention(
     call = AttentionCall("ring_attention", grid_of(comm).everyone(), q, k, v, keywords)
     share_cores(call.grid)
     out = np.empty((*call.q.shape[:-1], call.v.shape[-1]), call.q.dtype)
-    lse = guarded(call.part, lambda mail: forward(call.part, mail, out))
+    with mailbox(call.group, call.what, np) as mail:
+        lse = forward(call.part, mail, out)
     if call.packed:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -179,22 +180,10 @@ def ring_attention_backward(
     call = AttentionCall("ring_attention_backward", grid_of(comm).everyone(), q, k, v, keywords, others)
     share_cores(call.grid)
     do, lse, delta = call.rows(do, o, lse, dlse)
-    gradients = guarded(call.part, lambda mail: backward(call.part, mail, do, lse, delta))
+    with mailbox(call.group, call.what, np) as mail:
+        gradients = backward(call.part, mail, do, lse, delta)
     dq, dk, dv = (gradient.astype(q.dtype, copy=False) for gradient in gradients)
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
-
-
-def guarded(part: Part, work: Callable[[Mailbox], Any]) -> Any:
-    """Carry out with a mailbox; where it fails, the other ranks are told."""
-    mail = Mailbox(part.group, part.what, np)
-    try:
-        result = work(mail)
-        mail.flush()
-    except BaseException as failure:
-        mail.abandon()
-        part.grid.watchdog.fail(failure)
-        raise
-    return result
 
 
 class _Travel:

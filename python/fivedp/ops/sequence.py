@@ -10,7 +10,7 @@ from mpi4py import MPI
 from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import axes_of, grid_of
 from fivedp.comm.mesh import Mesh
-from fivedp.comm.messages import TAGS, Mailbox
+from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.layout.sequence import LAYOUTS, token_indices
 from fivedp.ops.arguments import MAX_DIMENSIONS, Arguments, check_dtype, pack, unpack, verdict
@@ -108,9 +108,8 @@ def sequence_gather(
         if found_shape != wanted:
             raise ShapeError(f'{name}: the array has shape {found_shape} on rank {rank}; layout "{layout}" of {length} '
                              f"tokens gives that rank {wanted}")  # fmt: skip
-    mail = Mailbox(group, what, np)
     result = None
-    try:
+    with mailbox(group, what, np) as mail:
         receipts = {}
         if root in (None, group.index):
             receipts = {
@@ -129,11 +128,6 @@ def sequence_gather(
                 )
             for receipt in receipts.values():
                 mail.release(receipt)
-        mail.flush()
-    except BaseException as failure:
-        mail.abandon()
-        grid.watchdog.fail(failure)
-        raise
     return result
 
 

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import ANY_NAME, axes_of, grid_of, resolve_axes
 from fivedp.comm.mesh import Mesh
-from fivedp.comm.messages import Mailbox
+from fivedp.comm.messages import mailbox
 from fivedp.errors import LayoutError, ShapeError
 from fivedp.layout.shares import Box, part_number, share
 from fivedp.layout.spec import Layout, parse_layout
@@ -132,10 +132,9 @@ def gather(x_local: Array, layout: str, mesh: Mesh | MPI.Intracomm, root: int | 
     def nearest(receiver: int, source: int) -> bool:
         return all(coords[receiver][axis] == coords[source][axis] for axis in sizes if axis not in parsed.axes)
 
-    mail = Mailbox(group, what, xp)
     mine, n_ranks = group.index, group.size
     result, receipts = None, []
-    try:
+    with mailbox(group, what, xp) as mail:
         if root in (None, mine):
             result = xp.empty(whole, dtype=x_local.dtype)
             for shift in range(n_ranks):
@@ -154,11 +153,6 @@ def gather(x_local: Array, layout: str, mesh: Mesh | MPI.Intracomm, root: int | 
         mail.wait(receipts)
         for receipt in receipts:
             mail.release(receipt)
-        mail.flush()
-    except BaseException as failure:
-        mail.abandon()
-        grid.watchdog.fail(failure)
-        raise
     return result
 
 
