@@ -312,3 +312,25 @@ def test_the_oracle_is_that_of_torch(seed: int, causal: bool) -> None:
     found = oracle.attention_backward(case.d_out, case.q, case.k, case.v, case.mask)
     for d, leaf in zip(found, leaves, strict=True):
         assert np.allclose(d, leaf.grad.numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("poisoned", ["q", "d_out"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_query_reaches_the_gradients_of_the_keys_it_sees_only(poisoned: str, poison: float) -> None:
+    rng = np.random.default_rng(0)
+    d_out, q, k, v = (rng.standard_normal((1, 100, 2, 8)).astype(np.float32) for _ in range(4))
+    tokens = np.arange(100, dtype=np.int32)
+    mask = Mask(tokens, tokens, scale=0.3, causal=True)
+    state = kernel.empty_state(q, 8)
+    kernel.forward(q, k, v, mask, state)
+    out = np.empty_like(q)
+    lse = kernel.finish(state, out)
+    {"q": q, "d_out": d_out}[poisoned][0, 40, 1, 3] = poison
+    d_q, d_k, d_v = (np.zeros(x.shape, np.float32) for x in (q, k, v))
+    kernel.backward(d_out, q, k, v, mask, lse, kernel.delta(d_out, out), d_q, d_k, d_v)
+    for d in (d_k, d_v):
+        assert np.isfinite(d[0, 41:]).all()  # these keys come after query 40
+        assert np.isfinite(d[0, :, 0]).all()  # and the other head knows nothing of it
+    assert not np.isfinite(d_k[0, :41, 1]).all()
+    assert np.isfinite(d_q[0, :40]).all()
+    assert np.isfinite(d_q[0, 41:]).all()
