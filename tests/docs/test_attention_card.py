@@ -1,0 +1,143 @@
+"""The formulas of the reference card of attention: each is evaluated, and compared with what the library does."""
+
+from __future__ import annotations
+
+import re
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fivedp.layout.explain_attention import attention_prices
+from mpi_launcher import run_mpi
+
+ROOT = Path(__file__).resolve().parents[2]
+CARD = (ROOT / "docs/ring_attention_card.md").read_text()
+(DEFINITIONS,) = re.findall(r"```python\n(.*?)```", CARD, re.S)
+EXAMPLE = ROOT / "docs/examples/attention_costs.py"
+Symbols = dict[str, Any]
+
+
+def cells(row: str) -> list[str]:
+    """The formulas of the row of that name, in backticks after the first cell."""
+    (line,) = [line for line in CARD.splitlines() if line.startswith(f"| {row} |")]
+    return re.findall(r"`(.+?)`", line.split("|", 2)[2])
+
+
+def value(formula: str, given: Symbols) -> float:
+    """A formula of the card, with the card's own definitions."""
+    symbols: Symbols = {"ceil": ceil, "min": min, "max": max, "n_q": 2, "w": 1, **given}
+    if "n" in given:
+        exec(DEFINITIONS, symbols)
+    return float(eval(formula, symbols))
+
+
+def numbers(p: int, **given: Any) -> Symbols:
+    """Sizes of one case; n tokens on each of p ranks."""
+    symbols = {"p": p, "B": 2, "n": 24, "H": 24, "H_kv": 12, "D": 16, "Dv": 8, "e": 4, **given}
+    return symbols | {"s": max(4, symbols["e"]), "S": symbols["n"] * p}
+
+
+def sent(symbols: Symbols, heads: int, **mask: Any) -> tuple[float, float]:
+    """What `explain_attention` says that a rank sends, with `heads` ranks along the heads."""
+    B, S, H, H_kv, D, Dv, p = (symbols[name] for name in ("B", "S", "H", "H_kv", "D", "Dv", "p"))
+    shapes = {"q": (B, S, H, D), "k": (B, S, H_kv, D), "v": (B, S, H_kv, Dv)}
+    prices = attention_prices(shapes, p, itemsize=symbols["e"], **mask)
+    price = next(price for price in prices if price.heads == heads)
+    return price.forward / p, price.backward / p
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("p", range(1, 9))
+def test_bytes_of_a_ring(p: int, itemsize: int) -> None:
+    case = numbers(p, e=itemsize)
+    for row, mask in (
+        ("ring, no mask, any layout", {"layout": "contiguous"}),
+        ("ring, no mask, any layout", {"layout": "striped"}),
+        ("ring, causal zigzag or striped", {"layout": "zigzag", "causal": True}),
+        ("ring, causal zigzag or striped", {"layout": "striped", "causal": True}),
+        ("ring, causal contiguous", {"layout": "contiguous", "causal": True}),
+        *(
+            ("ring, causal window, contiguous", {"layout": "contiguous", "causal": True, "window": w})
+            for w in (1, 2, 24, 25, 26, 49, 50, 500)
+        ),
+    ):
+        symbols = case | {"w": mask.get("window", 1)}
+        assert sent(symbols, 1, **mask) == pytest.approx([value(cell, symbols) for cell in cells(row)]), (row, mask)
+    documents = numbers(p, B=1, e=itemsize)
+    offsets = [24 * i for i in range(p + 1)]
+    wanted = [value(cell, documents) for cell in cells("ring, every document on one rank")]
+    assert list(sent(documents, 1, layout="contiguous", cu_seqlens=offsets)) == wanted == [0, 0]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_bytes_of_ulysses_and_hybrid(itemsize: int) -> None:
+    for p in (1, 2, 3, 4, 6, 12):
+        symbols = numbers(p, e=itemsize)
+        assert sent(symbols, p) == pytest.approx([value(x, symbols) for x in cells("Ulysses, p divides H_kv")])
+        for u in (d for d in range(1, p + 1) if p % d == 0):
+            both = [value(x, symbols | {"u": u, "c": p // u}) for x in cells("hybrid, causal zigzag, u divides H_kv")]
+            assert sent(symbols, u, causal=True) == pytest.approx(both)
+    for p, kv_heads in ((2, 1), (4, 2), (8, 2), (6, 3), (8, 1)):
+        symbols = numbers(p, e=itemsize, H_kv=kv_heads)
+        formulas = cells("Ulysses, p > H_kv a multiple of it, H of p")
+        assert sent(symbols, p) == pytest.approx([value(x, symbols) for x in formulas]), (p, kv_heads)
+
+
+def test_where_the_ring_sends_less_than_ulysses() -> None:
+    (rule,) = re.findall(r"sends less than Ulysses forward.*`(p\*H_kv.*?)`", CARD)
+    for p, heads, kv_heads in (
+        (2, 8, 8),
+        (2, 8, 4),
+        (4, 8, 4),
+        (4, 16, 4),
+        (4, 32, 4),
+        (8, 32, 4),
+        (8, 8, 1),
+        (8, 64, 8),
+    ):
+        symbols = numbers(p, H=heads, H_kv=kv_heads, D=64, Dv=64)
+        less = sent(symbols, 1)[0] < sent(symbols, p)[0]
+        assert less == bool(value(rule, symbols)), (p, heads, kv_heads)
+
+
+def test_visible_pairs() -> None:
+    length, w, part = 60, 7, 12
+    i, j = np.mgrid[:length, :length]
+    symbols = {"S": length, "S_k": length, "w": w, "T": part}
+    for row, seen in (
+        ("none", np.ones((length, length), bool)),
+        ("causal", j <= i),
+        ("causal window", (j <= i) & (i - j < w)),
+        ("documents of length T, causal", (j <= i) & (i // part == j // part)),
+    ):
+        assert value(cells(row)[0], symbols) == seen.sum(), row
+
+
+@pytest.mark.parametrize(("n_ranks", "between"), [(2, "one node"), (4, "nodes")])
+def test_counted_bytes_and_memory(n_ranks: int, between: str) -> None:
+    done = run_mpi(n_ranks, EXAMPLE, timeout=120, env={"FIVEDP_SHARED": "1" if between == "one node" else "0"})
+    assert done.returncode == 0, done.output
+    printed = done.stdout.splitlines()
+    symbols = {name: int(text) for name, text in re.findall(r"(\w+)=(\d+)", printed[0])} | {"u": 2, "c": n_ranks // 2}
+    counted = {line[:30].strip(): [int(x.replace(",", "")) for x in line[30:].split()] for line in printed[2:]}
+    for name, row in (
+        ("ring, causal zigzag", "ring, causal zigzag or striped"),
+        ("ring, causal contiguous", "ring, causal contiguous"),
+        ("ring, window, contiguous", "ring, causal window, contiguous"),
+        ("ring, canonical order", "ring, canonical order"),
+        ("Ulysses", "Ulysses, p divides H_kv"),
+        ("hybrid, heads 2", "hybrid, causal zigzag, u divides H_kv"),
+        ("decode", "decode, n_q queries"),
+    ):
+        assert counted[name][::2] == [int(value(cell, symbols)) for cell in cells(row)], name
+    constant = 160 << 10  # headers, masks, Python's own
+    for cell, peak in zip(cells(f"ring, {'on one node' if between == 'one node' else 'between nodes'}"),
+                          counted["ring, causal zigzag"][1::2], strict=True):  # fmt: skip
+        bytes_of = value(cell, symbols)
+        assert bytes_of <= peak <= 1.01 * bytes_of + constant, cell
+    if between == "one node":
+        for cell, peak in zip(cells("Ulysses, on one node, about"), counted["Ulysses"][1::2], strict=True):
+            assert 0.93 <= peak / value(cell, symbols) <= 1.05, cell
