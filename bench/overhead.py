@@ -27,8 +27,9 @@ import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
 import fivedp  # noqa: E402
-from fivedp.bench import account, agree, environment, measure  # noqa: E402
+from fivedp.bench import agree, environment, measure  # noqa: E402
 from fivedp.bench.cases import gemm as cases  # noqa: E402
+from fivedp.bench.trials import gemm as products  # noqa: E402
 from fivedp.kernels import gemm  # noqa: E402
 from fivedp.layout.spec import parse_product  # noqa: E402
 
@@ -75,11 +76,11 @@ def main() -> int:
     aims = []
     for key in ("column", "row", "row-sequence", "sequence-column"):
         case = cases.Case(cases.strategy(key), SIZE, SIZE, SIZE, "float32")
-        product = measure.Product(case, bench.grid(case), 1, "tree")
-        plan = account.planned(case, product.grid)
+        product = products.Product(case, bench.grid(case.strategy), 1)
+        plan = product.plan
         others = max(1, COMM.size * (COMM.size - 1))
         messages = replay(plan.bytes // others)
-        brick = account.plans(parse_product(case.strategy.spec), case, product.grid, "tree")[0].brick(COMM.rank)
+        brick = products.plans(parse_product(case.strategy.spec), case, product.grid, "tree")[0].brick(COMM.rank)
         rows, columns, inner = (brick[name][1] - brick[name][0] for name in "mnk")
         local_a, local_b = np.ones((rows, inner), np.float32), np.ones((inner, columns), np.float32)
         local_c = np.zeros((rows, columns), np.float32)

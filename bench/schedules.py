@@ -27,10 +27,11 @@ settle()
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from fivedp.bench import account, agree, environment, measure, operands  # noqa: E402
+from fivedp.bench import agree, environment, measure, operands  # noqa: E402
 from fivedp.bench.cases import gemm as cases  # noqa: E402
 from fivedp.bench.check import product as check_product  # noqa: E402
 from fivedp.bench.pieces import matrix  # noqa: E402
+from fivedp.bench.trials import gemm as products  # noqa: E402
 from fivedp.comm.grid import grid_of, resolve_axes  # noqa: E402
 from fivedp.layout.plan import Plan  # noqa: E402
 from fivedp.layout.spec import parse_product  # noqa: E402
@@ -44,7 +45,7 @@ MOST_CANDIDATES = 40  # grids of three axes have hundreds; the cheapest in bytes
 class Contestant:
     """One schedule of a product, made ready once, as the library makes it ready once and keeps it."""
 
-    def __init__(self, product: measure.Product, plan: Plan) -> None:
+    def __init__(self, product: products.Product, plan: Plan) -> None:
         grid = grid_of(product.grid.mesh)
         axes = resolve_axes(grid.names, parse_product(product.case.strategy.spec).axes)
         self.execution = Execution(plan, grid.group(axes))
@@ -105,8 +106,8 @@ def regret(count: int, rounds: int, seed: int) -> list[dict[str, Any]]:
     worst: list[tuple[float, str]] = []
     for number in range(count):
         case = drawn(draw, COMM.size)
-        product = measure.Product(case, bench.grid(case), seed, "tree")
-        plans = account.plans(parse_product(case.strategy.spec), case, product.grid, "tree")
+        product = products.Product(case, bench.grid(case.strategy), seed)
+        plans = products.plans(parse_product(case.strategy.spec), case, product.grid, "tree")
         chosen = Contestant(product, plans[0])
         chosen.run()
         trials = []
@@ -119,10 +120,10 @@ def regret(count: int, rounds: int, seed: int) -> list[dict[str, Any]]:
         ratios = [statistics.median(r) for r in alternate(chosen, finalists, rounds)]
         right = all(c.right(seed) for c in (chosen, *finalists))
         least = min([1.0, *ratios])
-        text = f"{case.strategy.key} {case.shape} {case.dtype} {account.describe(plans[0])}"
+        text = f"{case.strategy.key} {case.shape} {case.dtype} {products.describe(plans[0])}"
         worst.append((least if right else 0.0, text))
         if least < 0.95:
-            text += f"; faster: {account.describe(finalists[ratios.index(min(ratios))].plan)}"
+            text += f"; faster: {products.describe(finalists[ratios.index(min(ratios))].plan)}"
         say(f"{number + 1:4} {least:.2f} {text}{'' if right else ' WRONG'}")
     shares = sorted(share for share, _ in worst)
     return [
@@ -145,8 +146,8 @@ def decode(rounds: int, seed: int) -> list[dict[str, Any]]:
         layer = cases.LAYERS[f"llama3-8b-{name}"]
         for tokens in (1, 8, 32):
             case = cases.Case(summa, tokens, layer.features_out, layer.features_in, "float32", label=layer.name)
-            product = measure.Product(case, bench.grid(case), seed, "tree")
-            plans = account.plans(parse_product(summa.spec), case, product.grid, "tree")
+            product = products.Product(case, bench.grid(case.strategy), seed)
+            plans = products.plans(parse_product(summa.spec), case, product.grid, "tree")
             textbook = next(
                 p for p in plans if p.assignment.axes_of("m") == ("r",) and p.assignment.axes_of("n") == ("c",)
             )

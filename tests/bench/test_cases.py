@@ -13,6 +13,7 @@ import pytest
 from fivedp.bench import account, measure, pieces
 from fivedp.bench.cases import gemm
 from fivedp.bench.program import parser
+from fivedp.bench.trials import gemm as trials
 from fivedp.layout.spec import parse_product
 
 CONTRACT = [
@@ -143,14 +144,14 @@ FAMILIAR = {
 def test_least_bytes_of_squares_are_those_of_the_literature(key: str, ranks: int) -> None:
     strategy = gemm.strategy(key)
     case = gemm.Case(strategy, 64, 64, 64, "float32")
-    assert account.line_bound(parse_product(strategy.spec), case, ranks) == 4 * FAMILIAR[key](ranks, 64 * 64)
+    assert trials.line_bound(parse_product(strategy.spec), case, ranks) == 4 * FAMILIAR[key](ranks, 64 * 64)
 
 
 def test_decode_on_block_rows_moves_activations_instead_of_weights() -> None:
     """M = 8, N = 28672, K = 8192, 8 ranks: gathering B costs a thousand times exchanging A and reducing C."""
     strategy = gemm.strategy("block-rows")
     case = gemm.Case(strategy, 8, 28672, 8192, "float32")
-    least = account.line_bound(parse_product(strategy.spec), case, 8)
+    least = trials.line_bound(parse_product(strategy.spec), case, 8)
     exchanged = 4 * (7 * 8 * 8192 // 8 + 7 * 8 * 28672)
     assert least == exchanged
     assert least < 7 * 8192 * 28672 * 4 / 900
@@ -158,7 +159,7 @@ def test_decode_on_block_rows_moves_activations_instead_of_weights() -> None:
 
 def test_sizes_that_do_not_divide_have_no_closed_form() -> None:
     strategy = gemm.strategy("row")
-    assert account.line_bound(parse_product(strategy.spec), gemm.Case(strategy, 64, 64, 65, "float32"), 2) is None
+    assert trials.line_bound(parse_product(strategy.spec), gemm.Case(strategy, 64, 64, 65, "float32"), 2) is None
 
 
 @pytest.mark.parametrize("key", [s.key for s in gemm.STRATEGIES if len(s.axes) == 1])
@@ -172,8 +173,8 @@ def test_planner_reaches_the_closed_form_on_one_axis(key: str, ranks: int, dtype
     strategy = gemm.strategy(key)
     case = gemm.Case(strategy, m, n, k, dtype)
     grid = pieces.Grid(None, None, strategy.mesh_shape(ranks), {})
-    plan = account.planned(case, grid)
-    assert plan.bytes == plan.bound == account.line_bound(parse_product(strategy.spec), case, ranks)
+    plan = trials.planned(case, grid)
+    assert plan.bytes == plan.bound == trials.line_bound(parse_product(strategy.spec), case, ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fivedp.bench import report
+from fivedp.bench.cases import FAMILIES
 
 MACHINE = {
     "fivedp": "0", "revision": None, "python": "3", "numpy": "2", "system": "Linux", "isa": "avx2", "gpu": [],
@@ -26,7 +27,8 @@ def a_row(**changes: Any) -> report.Row:
     row: report.Row = {
         "kernel": "gemm", "label": "square", "strategy": "row", "known_as": "row parallel",
         "spec": "m k/tp, k/tp n -> m n", "shape": "64x64x64", "sizes": {"m": 64, "n": 64, "k": 64}, "dtype": "float32",
-        "backward": False, "scaled_by": 1.0, "order": "tree", "wrong": "", "mesh": "tp=2", "schedule": "k/tp: C",
+        "ranks": 2, "backward": False, "scaled_by": 1.0, "order": "tree", "wrong": "", "mesh": "tp=2",
+        "schedule": "k/tp: C",
         "bytes": {"counted": 32768, "planned": 32768, "bound": 32768}, "memory": {"peak": 4096, "panels": 0},
         "seconds": 1e-3, "samples": [1e-3, 2e-3], "flops": 524288, "gflops": 0.52, "share_of_peak": 0.01, "error": 1e-7,
         "honest_error": 1e-7, "freivalds": 0.1, "same_bits": True, "repeatable": True,
@@ -140,7 +142,7 @@ def test_table_fits_a_hundred_and_twenty_columns() -> None:
         a_row(skipped="2.5-D needs an even number of ranks for its 2 layers; 3 were started"),
     ]  # fmt: skip
     lines = [
-        report.column_line(),
+        report.column_line(FAMILIES["gemm"].table),
         *report.heading(a_result()),
         *(x for row in rows for x in report.row_lines(row, paint)),
     ]
@@ -153,7 +155,8 @@ def test_bytes_that_are_not_the_least_are_shown_beside_the_least() -> None:
     assert " = " in equal
     more = report.row_lines(a_row(bytes={"counted": 65536, "planned": 65536, "bound": 32768}), paint)[0]
     assert " = " not in more
-    assert "32.8 kB" in more
+    assert "32.8 kB" in more  # counted: 65536 bytes of 2 ranks
+    assert "16.4 kB" in more
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 The time of a call is that of the slowest rank, from a barrier; calls shorter than a few milliseconds are timed in
 bundles. The median is reported and every sample is kept. The bytes are counted over one call, the memory during the
-first. Operands are made from their seeds on the rank that needs them, so a case takes no more memory than its product.
+first. What a case is made of is the business of its trial (`family.py`); nothing here knows one kernel from another.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 import statistics
 import time
 from collections.abc import Callable
@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import fivedp
-from fivedp.bench import account, agree, check, operands
-from fivedp.bench.cases.gemm import Case
-from fivedp.bench.pieces import Grid, Matrix, layouts, make, matrix, open_grid, place
-from fivedp.bench.report import Row
+from fivedp.bench import account, agree
+from fivedp.bench.family import Case, Row, Strategy, Trial
+from fivedp.bench.pieces import Grid, open_grid
 
 BUNDLE_SECONDS = 2e-3  # a barrier between oversubscribed ranks costs up to a scheduler's slice
-Array = NDArray[Any]
+PAIRS = 7  # a ratio is the median of at least so many pairs
 
 
 @dataclass
@@ -39,6 +37,8 @@ class Bench:
         Time to spend on one case after warm-up, between 3 and `repeats` samples.
     reference : fivedp.reference.Reference, optional
         Timed in alternation on rank 0 with `reference_threads` threads while the other ranks sleep.
+    kept : dict
+        What trials of one kernel keep for the next ones.
     """
 
     comm: Any
@@ -48,70 +48,59 @@ class Bench:
     seconds: float = 0.5
     reference: Any = None
     reference_threads: int = 1
-    order: str = "tree"
     grids: dict[tuple[Any, ...], Grid] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
 
-    def grid(self, case: Case) -> Grid:
-        """The mesh of a case; opened once, since every mesh holds communicators."""
-        shape = tuple(case.strategy.mesh_shape(self.comm.size).items())
+    def grid(self, strategy: Strategy) -> Grid:
+        """The mesh of a strategy; opened once, since every mesh holds communicators."""
+        shape = tuple(strategy.mesh_shape(self.comm.size).items())
         if shape not in self.grids:
-            self.grids[shape] = open_grid(self.comm, case.strategy)
+            self.grids[shape] = open_grid(self.comm, strategy)
         return self.grids[shape]
 
 
 def run(bench: Bench, case: Case) -> Row:
     """Measure `case`. Collective; every rank returns the same row."""
-    row: Row = {
-        "kernel": "gemm",
-        "label": case.label,
-        "strategy": case.strategy.key,
-        "known_as": case.strategy.known_as,
-        "spec": case.strategy.spec,
-        "shape": case.shape,
-        "sizes": case.sizes,
-        "dtype": case.dtype,
-        "backward": case.backward,
-        "scaled_by": case.scaled_by,
-        "order": bench.order,
-        "wrong": "",
-    }
+    row: Row = case.record() | {"ranks": bench.comm.size, "wrong": ""}
     why = unfit(bench, case)
     if why:
         return row | {"skipped": why}
-    grid = bench.grid(case)
-    row["mesh"] = grid.text
-    product = Product(case, grid, bench.seed, bench.order)
-    plan = account.planned(case, grid, bench.order)
+    trial = case.open(bench)
+    row["mesh"] = trial.grid.text
 
     memory = account.Memory()
-    account.forget_buffers(grid.mesh)
+    account.forget_buffers(trial.grid.mesh)
     bench.comm.Barrier()
     memory.start()
-    before = account.bytes_sent(grid.mesh)
-    product.run()
-    (counted,) = agree.total(bench.comm, float(account.bytes_sent(grid.mesh) - before))
+    before = account.bytes_sent(trial.grid.mesh)
+    trial.run()
+    (counted,) = agree.total(bench.comm, float(account.bytes_sent(trial.grid.mesh) - before))
     extra = memory.peak()
-    peak = agree.largest(bench.comm, -1.0 if extra is None else float(extra))[0]
-    first = product.bits()
-    once = _sample(bench.comm, product.run, 1)
-    repeatable = agree.everywhere(bench.comm, product.bits() == first)
+    peak = agree.largest(bench.comm, -1.0 if extra is None else max(0.0, float(extra - trial.bytes_made())))[0]
+    first = trial.bits()
+    once = _sample(bench.comm, trial.run, 1)
+    repeatable = agree.everywhere(bench.comm, trial.bits() == first)
 
-    row |= {
-        "schedule": plan.schedule,
-        "schedule_known_as": plan.known_as,
-        "bytes": {"counted": int(counted), "planned": plan.bytes, "bound": plan.bound},
-        "memory": {"peak": None if peak < 0 else int(peak), "panels": plan.panels},
-    }
-    row |= timed(bench, case, product.run, once)
-    verdict = product.check(bench.comm, bench.seed)
-    row |= {"error": verdict.error, "honest_error": verdict.honest, "freivalds": verdict.residual,
-            "same_bits": verdict.same_bits, "repeatable": repeatable}  # fmt: skip
-    row["wrong"] = verdict.wrong or ("" if repeatable else "two calls gave different bits")
-    if not row["wrong"] and verdict.same_bits is False:
-        row["wrong"] = f'order "{bench.order}" promises the bits of one rank here, and they differ'
-    if not row["wrong"] and int(counted) != plan.bytes:
-        row["wrong"] = f"sent {int(counted)} bytes where {plan.bytes} were planned"
+    row |= trial.facts()
+    row["bytes"] = {"counted": int(counted), "planned": trial.bytes_planned, "bound": trial.bytes_bound}
+    row["memory"] = {"peak": None if peak < 0 else int(peak), **row.get("memory", {})}
+    row |= timed(bench, case, trial, once)
+    row["wrong"], found = trial.check()
+    row |= found | {"repeatable": repeatable}
+    if not row["wrong"] and not repeatable:
+        row["wrong"] = "two calls gave different bits"
+    if not row["wrong"] and int(counted) != trial.bytes_planned:
+        row["wrong"] = f"sent {int(counted)} bytes where {trial.bytes_planned} were planned"
     return row
+
+
+def digest(*arrays: NDArray[Any]) -> bytes:
+    """A short value that differs where any bit of the arrays does."""
+    hashed = hashlib.blake2b()
+    for array in arrays:
+        if array.size:
+            hashed.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return hashed.digest()
 
 
 def unfit(bench: Bench, case: Case) -> str:
@@ -120,13 +109,7 @@ def unfit(bench: Bench, case: Case) -> str:
         case.strategy.mesh_shape(bench.comm.size)
     except ValueError as error:
         return str(error)
-    # shares, and as much again for panels, partial sums and the check
-    shape, itemsize = case.strategy.mesh_shape(bench.comm.size), operands.dtype_of(case.dtype).itemsize
-    elements = 0
-    for layout in layouts(case.strategy.spec):
-        parts = math.prod(shape[axis] for axis in layout.axes)
-        elements += math.prod(case.sizes[name] for name in layout.names) * bench.comm.size // parts
-    needed = 2.0 * itemsize * elements * (2 if case.backward else 1)
+    needed = case.memory_needed(bench.comm.size)
     room = account.available()
     least = -agree.largest(bench.comm, -float(room if room is not None else 2**62))[0]
     if needed > 0.8 * least:
@@ -134,86 +117,31 @@ def unfit(bench: Bench, case: Case) -> str:
     return ""
 
 
-class Product:
-    """The operands of a case on this rank, its call, and its check."""
-
-    def __init__(self, case: Case, grid: Grid, seed: int, order: str) -> None:
-        self.case, self.grid, self.order = case, grid, order
-        self.layouts = layouts(case.strategy.spec)
-        self.a, self.matrix_a = make(case, self.layouts[0], grid, seed)
-        self.b, self.matrix_b = make(case, self.layouts[1], grid, seed + 1)
-        self.where = place(self.layouts[2], case.sizes, grid)
-        self.c = np.zeros(self.where.shape, self.a.dtype)
-        self.c.fill(0)  # touched, so that the output is resident before memory is watched
-        self.gradients: tuple[Array, Array] | None = None
-        if case.backward:
-            self.dc, self.matrix_dc = make(case, self.layouts[2], grid, seed + 2)
-
-    def run(self) -> None:
-        """One call, with its gradients where the case has them."""
-        spec, mesh = self.case.strategy.spec, self.grid.mesh
-        fivedp.sharded_matmul(self.a, self.b, spec, mesh, out=self.c, order=self.order)
-        if self.case.backward:
-            self.gradients = fivedp.sharded_matmul_backward(self.dc, self.a, self.b, spec, mesh)
-
-    def bits(self) -> bytes:
-        """The bits of all results on this rank."""
-        import hashlib
-
-        digest = hashlib.blake2b(self.c.view(np.uint8).data if self.c.size else b"")
-        for gradient in self.gradients or ():
-            digest.update(np.ascontiguousarray(gradient).tobytes())
-        return digest.digest()
-
-    def check(self, comm: Any, seed: int) -> check.Verdict:
-        """The verdict on C, or the worst of those on C, dA and dB."""
-        sizes = self.case.sizes
-        promised = self.order == "canonical" or 8 % comm.size == 0
-        bitwise = self._one_rank if self.order != "fast" and promised and self.c.dtype.kind != "c" else None
-        c = matrix(self.c, self.where)
-        verdict = check.product(comm, self.matrix_a, self.matrix_b, c, seed, sizes["k"], bitwise)
-        if self.gradients is None:
-            return verdict
-        da, db = self.gradients
-        verdicts = [
-            verdict,
-            check.product(comm, self.matrix_dc, self.matrix_b.T, self._as(da, self.matrix_a), seed, sizes["n"]),
-            check.product(
-                comm, self.matrix_a.T, self.matrix_dc, self._as(db, self.matrix_b), seed, sizes["m"] * sizes.get("b", 1)
-            ),
-        ]
-        return next((v for v in verdicts if v.wrong), verdict)
-
-    @staticmethod
-    def _as(result: Array, like: Matrix) -> Matrix:
-        """A gradient, laid out as the operand `like` is."""
-        return Matrix(result.reshape(like.data.shape), like.rows, like.columns, like.counts)
-
-    def _one_rank(self, a: Array, b: Array) -> Array:
-        """The product of two matrices on one rank in the same order of sums."""
-        from mpi4py import MPI
-
-        c: Array = fivedp.sharded_matmul(a, b, "m k, k n -> m n", MPI.COMM_SELF, order=self.order)
-        return c
-
-
-def timed(bench: Bench, case: Case, call: Callable[[], None], once: float) -> Row:
-    """Samples, median, rate and share of the ceiling of `call`; the ratio to the reference where one is given.
+def timed(bench: Bench, case: Case, trial: Trial, once: float) -> Row:
+    """Samples, median, rate and share of the ceiling of a trial; its ratios to what runs in turns with it.
 
     `once` is about the time of a call: short ones are bundled, and of those beyond 5 s two samples are enough.
     """
     inner = max(1, min(200, round(BUNDLE_SECONDS / max(once, 1e-7))))
-    fewest = 2 if once > 5 else 3
-    rival = _rival(bench, case)
-    samples, ratios = [], []
+    rival = trial.rival(bench.reference, bench.reference_threads) if bench.reference is not None else None
+    sibling = trial.sibling()
+    if rival is not None:
+        rival()
+    if sibling is not None:
+        sibling[1]()
+    fewest = PAIRS if rival is not None or sibling is not None else 2 if once > 5 else 3
+    samples: list[float] = []
+    speeds: list[float] = []
+    prices: list[float] = []
     end = time.perf_counter() + bench.seconds
     while True:
-        samples.append(_sample(bench.comm, call, inner))
+        samples.append(_sample(bench.comm, trial.run, inner))
         if rival is not None:
-            ratios.append(_rival_sample(bench.comm, rival, inner) / samples[-1])
+            speeds.append(_rival_sample(bench.comm, rival, inner) / samples[-1])
+        if sibling is not None:
+            prices.append(samples[-1] / _sample(bench.comm, sibling[1], inner))
         late = agree.largest(bench.comm, time.perf_counter() - end)[0] > 0
-        enough = len(samples) >= (7 if rival is not None else fewest)
-        if len(samples) >= bench.repeats or (late and enough):
+        if len(samples) >= bench.repeats or (late and len(samples) >= fewest):
             break
     median = statistics.median(samples)
     row: Row = {
@@ -223,14 +151,15 @@ def timed(bench: Bench, case: Case, call: Callable[[], None], once: float) -> Ro
         "gflops": case.flops / median / 1e9,
         "share_of_peak": case.flops / median / bench.peaks[case.dtype],
     }
-    if ratios:
-        row["reference"] = {
-            "name": bench.reference.name,
-            "threads": bench.reference_threads,
-            "ratio": statistics.median(ratios),
-            "spread": [min(ratios), max(ratios)],
-        }
+    if speeds:
+        row["reference"] = {"name": bench.reference.name, "threads": bench.reference_threads, **_ratio(speeds)}
+    if sibling is not None:
+        row[sibling[0]] = _ratio(prices)
     return row
+
+
+def _ratio(ratios: list[float]) -> Row:
+    return {"ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
 
 
 def _sample(comm: Any, call: Callable[[], None], inner: int) -> float:
@@ -239,32 +168,6 @@ def _sample(comm: Any, call: Callable[[], None], inner: int) -> float:
     for _ in range(inner):
         call()
     return agree.largest(comm, time.perf_counter() - start)[0] / inner
-
-
-def _rival(bench: Bench, case: Case) -> Callable[[], Any] | None:
-    """The reference's call on whole operands: real on rank 0, nothing elsewhere; None where it has no such product."""
-    reference = bench.reference
-    if reference is None or not reference.supports(case.dtype):
-        return None
-    if bench.comm.rank:
-        return lambda: None
-    dtype = operands.dtype_of(case.dtype)
-    rows, m, n, k = case.batch * case.m, case.m, case.n, case.k
-    a = operands.block(bench.seed, range(rows), range(k), dtype)
-    b = operands.block(bench.seed + 1, range(k), range(n), dtype)
-    dc = operands.block(bench.seed + 2, range(rows), range(n), dtype)
-    if case.strategy.batched:
-        a, dc = a.reshape(-1, m, k), dc.reshape(-1, m, n)
-    c = np.empty_like(dc)
-    reference.set_threads(bench.reference_threads)
-
-    def call() -> None:
-        reference.matmul(a, b, out=c)
-        if case.backward:
-            reference.matmul_backward(dc, a, b)
-
-    call()
-    return call
 
 
 def _rival_sample(comm: Any, rival: Callable[[], Any], inner: int) -> float:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivedp.bench import operands
-from fivedp.bench.cases.gemm import Case, Strategy
+from fivedp.bench.cases.gemm import Case
+from fivedp.bench.family import Strategy
 from fivedp.layout.spec import Layout, parse_product
 
 Indices = NDArray[np.int64]

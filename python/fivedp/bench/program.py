@@ -8,42 +8,56 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fivedp.bench import agree, ceiling, environment, measure, report
-from fivedp.bench.cases import gemm as gemm_cases
+from fivedp.bench.cases import FAMILIES
+from fivedp.bench.family import Case, Family
 
 DTYPES = tuple(report.SHORT_TYPES)
+Chosen = list[tuple[Family, list[Case]]]
 _BY_SHORT_NAME = {short: name for name, short in report.SHORT_TYPES.items()}
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    known = ", ".join(s.key for s in gemm_cases.STRATEGIES)
+    lists = [(f"{family.name} {what}", names) for family in FAMILIES.values() for what, names in family.known.items()]
     parser = argparse.ArgumentParser(
         prog="python -m fivedp.bench",
         description="Measure fivedp, check every result, and say what share of the machine it uses. "
         "Start it under mpirun; one rank works too.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"strategies: {known}\nlayers:     {', '.join(gemm_cases.LAYERS)}",
+        epilog="\n".join(
+            textwrap.fill(f"{what}: {', '.join(names)}", 100, subsequent_indent="    ", break_on_hyphens=False)
+            for what, names in lists
+        ),
     )
-    parser.add_argument("kernel", nargs="?", choices=["gemm"], default="gemm", help="what to measure (default: all)")
-    parser.add_argument("--full", action="store_true", help="squares to 4096, layers at their real size, all gradients")
-    parser.add_argument("--shape", action="append", help="MxNxK, BxMxNxK, one number, a layer or a model; repeatable")
-    parser.add_argument("--spec", action="append", help="a spec or the name of a strategy; repeatable")
-    parser.add_argument("--dtype", action="append", type=_dtype, help="f32, f64, bf16, c64, c128; repeatable")
-    parser.add_argument("--tokens", type=_positive, help=f"rows of a layer (default {gemm_cases.FULL_TOKENS})")
-    parser.add_argument("--backward", action="store_true", help="time the gradients with the product")
-    parser.add_argument("--order", choices=["tree", "canonical", "fast"], default="tree", help="order of the sums")
+    parser.add_argument(
+        "kernel", nargs="?", choices=list(FAMILIES), help="what to measure (default: all that know the options given)"
+    )
+    parser.add_argument("--full", action="store_true", help="real sizes, every layout and type: many minutes")
+    parser.add_argument("--shape", action="append", help="a model, a layer or sizes, see below; repeatable")
+    parser.add_argument("--dtype", action="append", type=_dtype, help="f32, f64, bf16; gemm: c64, c128; repeatable")
+    parser.add_argument("--tokens", type=_positive, help="rows of a layer, length of a sequence (default 2048)")
+    parser.add_argument(
+        "--backward", action="store_true", help="gemm: the gradients with the product; attention: the gradients only"
+    )
+    parser.add_argument(
+        "--order", choices=["tree", "canonical", "fast", "ring"],
+        help="order of the sums; gemm: tree (default), canonical, fast; attention: ring, canonical (default: both)",
+    )  # fmt: skip
     parser.add_argument("--reference", choices=["torch", "numpy"], help="alternate with it in one process, all cores")
     parser.add_argument("--threads", type=_positive, help="threads of a rank (default: cores / ranks, at least 1)")
     parser.add_argument("--repeats", type=_positive, default=15, help="most samples of a case (default 15)")
-    parser.add_argument("--seconds", type=float, help="time for a case after warm-up (default 0.5, with --full 3)")
+    parser.add_argument("--seconds", type=float, help="time for a case after warm-up (default below 1, with --full 3)")
     parser.add_argument("--seed", type=int, help="of the inputs (default: fresh)")
     parser.add_argument("--json", metavar="F", help="write the result")
     parser.add_argument("--csv", metavar="F", help="write the rows as a spreadsheet")
+    for family in FAMILIES.values():
+        family.add_options(parser.add_argument_group(f"{family.name} only"))
     return parser
 
 
@@ -70,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(options, int):
         return options
     try:
-        cases = gemm_cases.select(options)
+        chosen = choose(options)
         for file in filter(None, (options.json, options.csv)):
             if not Path(file).resolve().parent.is_dir():
                 raise ValueError(f"the folder of {file} does not exist")
@@ -78,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if comm.rank == 0:
             print(f"fivedp.bench: {error}", file=sys.stderr)
         return 2
-    result = measure_all(comm, cases, options)
+    result = measure_all(comm, chosen, options)
     if comm.rank == 0:
         if options.json:
             report.write_json(result, options.json)
@@ -99,7 +113,29 @@ def _agree_on_options(comm: Any, arguments: Sequence[str] | None) -> argparse.Na
         return int(stop.code or 0)
 
 
-def measure_all(comm: Any, cases: list[gemm_cases.Case], options: argparse.Namespace) -> report.Result:
+def choose(options: argparse.Namespace) -> Chosen:
+    """The families to measure and their cases.
+
+    Raises
+    ------
+    ValueError
+        Where the kernel named does not have what the options ask for, or, where none is named, no kernel does.
+    """
+    if options.kernel:
+        family = FAMILIES[options.kernel]
+        return [(family, family.select(options))]
+    chosen, complaints = [], []
+    for family in FAMILIES.values():
+        try:
+            chosen.append((family, family.select(options)))
+        except ValueError as error:
+            complaints.append(str(error))
+    if not chosen:
+        raise ValueError("; ".join(complaints))
+    return chosen
+
+
+def measure_all(comm: Any, chosen: Chosen, options: argparse.Namespace) -> report.Result:
     """Measure the ceiling and every case, printing rows as they come. Collective; the same result on every rank."""
     import threadpoolctl
 
@@ -111,43 +147,39 @@ def measure_all(comm: Any, cases: list[gemm_cases.Case], options: argparse.Names
     threadpoolctl.threadpool_limits(threads, "blas")
     seed = _seed(comm, options.seed)
     rank0 = comm.rank == 0
-    paint, progress = report.Paint(sys.stdout), report.Progress(len(cases) + 1 if rank0 else 0)
+    total = sum(len(cases) for _, cases in chosen)
+    paint, progress = report.Paint(sys.stdout), report.Progress(total + 1 if rank0 else 0)
     progress.shown &= rank0
     progress.step("ceiling")
-    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    dtypes = list(dict.fromkeys(case.dtype for _, cases in chosen for case in cases))
     limits = ceiling.measure(comm, dtypes, threads, seconds=2.5)
     progress.clear()
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     result = report.new(environment.describe(comm, threads), limits, seed, when)
     if rank0:
-        print("\n".join([paint.bold("fivedp.bench gemm"), *report.heading(result)]), flush=True)
+        title = " ".join(["fivedp.bench", *(family.name for family, _ in chosen)])
+        print("\n".join([paint.bold(title), *report.heading(result)]), flush=True)
 
-    bench = measure.Bench(
-        comm,
-        {name: ceiling.peak(limits, name) for name in dtypes},
-        seed,
-        repeats=options.repeats,
-        seconds=options.seconds or (3.0 if options.full else 0.5),
-        order=options.order,
-    )
+    bench = measure.Bench(comm, {name: ceiling.peak(limits, name) for name in dtypes}, seed, repeats=options.repeats)
     if options.reference:
         from fivedp.reference import open_reference
 
         bench.reference, bench.reference_threads = open_reference(options.reference), cores
-    strategy = None
-    for case in cases:
-        progress.step(f"{case.strategy.known_as} {case.shape} {case.dtype}")
-        row = measure.run(bench, case)
-        result["rows"].append(row)
-        progress.clear()
-        if not rank0:
-            continue
-        if case.strategy != strategy:
-            strategy = case.strategy
-            mesh = f"   {row['mesh']}" if "mesh" in row else ""
-            print(f"\n{paint.bold(strategy.known_as)}   {strategy.spec}{mesh}")
-            print(paint.dim(report.column_line()))
-        print("\n".join(report.row_lines(row, paint)), flush=True)
+    for family, cases in chosen:
+        bench.seconds = options.seconds or (3.0 if options.full else family.quick_seconds)
+        group = None
+        for case in cases:
+            progress.step(f"{family.name}: {case.title}")
+            row = measure.run(bench, case)
+            result["rows"].append(row)
+            progress.clear()
+            if not rank0:
+                continue
+            if family.table.group(row) != group:
+                group = family.table.group(row)
+                title, rest = family.table.heading(row)
+                print(f"\n{paint.bold(title)}   {rest}\n{paint.dim(report.column_line(family.table))}")
+            print("\n".join(report.row_lines(row, paint)), flush=True)
     if rank0:
         last = report.summary(result)
         print(f"\n{paint.red(last) if report.wrong(result) else last}", flush=True)

@@ -1,8 +1,8 @@
 """Results as a table for people, JSON for machines and CSV for spreadsheets.
 
 A result is a plain dictionary that JSON can say, so what is written is what was measured and a file read back is the
-result itself. The table groups rows by strategy and keeps to about 100 columns; colour and progress appear on a
-terminal only, and colour never where NO_COLOR is set.
+result itself. The tables (each kernel has its own, see `family.py`) keep to 120 columns; colour and progress appear on
+a terminal only, and colour never where NO_COLOR is set.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from fivedp.bench.family import Column, Row, Table
+
 SCHEMA = 1
 SHORT_TYPES = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16", "complex64": "c64",
                "complex128": "c128"}  # fmt: skip
-Row = dict[str, Any]
 Result = dict[str, Any]
 
 
@@ -190,47 +191,58 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-COLUMNS = ("product", "type", "schedule", "time", "GFLOP/s", "of peak", "sent/rank", "least", "error", "memory", "bits")
-WIDTHS = (27, 4, 14, 8, 7, 7, 9, 8, 7, 8, 5)
-LEFT = {"product", "type", "schedule", "bits"}
+# Columns and cells that every kernel's table has.
+RATE_COLUMNS = (Column("time", 8), Column("GFLOP/s", 7), Column("of peak", 7))
 
 
-def column_line() -> str:
+def rate_cells(row: Row) -> tuple[str, str, str]:
+    """Time, rate and share of the ceiling."""
+    return seconds(row["seconds"]), f"{row['gflops']:.1f}", f"{100 * row['share_of_peak']:.0f}%"
+
+
+def bytes_cells(row: Row) -> tuple[str, str]:
+    """Bytes that a rank sends on average, and the least; `=` where counted, planned and least are equal."""
+    moved, ranks = row["bytes"], row["ranks"]
+    equal = moved["counted"] == moved["planned"] == moved["bound"]
+    return size(moved["counted"] / ranks), "=" if equal else size(moved["bound"] / ranks)
+
+
+def error_cell(error: float | None) -> str:
+    """A relative error; a result read from a file says None for one that is not a number."""
+    return f"{error:.1e}" if error is not None else "nan"
+
+
+def memory_cell(peak: int | None) -> str:
+    """A peak of memory, unknown where the system does not tell it."""
+    return "?" if peak is None else size(peak)
+
+
+def table_of(row: Row) -> Table:
+    """The table that a row belongs to."""
+    from fivedp.bench.cases import FAMILIES  # they are written with the cells above
+
+    return FAMILIES[row["kernel"]].table
+
+
+def column_line(table: Table) -> str:
     """The names of the columns, aligned as the rows are."""
-    return "  " + _align(COLUMNS)
+    return "  " + _align(table, [column.name for column in table.columns])
 
 
-def _align(cells: Iterable[str]) -> str:
-    fields = zip(cells, COLUMNS, WIDTHS, strict=True)
-    return " ".join(c.ljust(w) if name in LEFT else c.rjust(w) for c, name, w in fields).rstrip()
+def _align(table: Table, cells: Iterable[str]) -> str:
+    fields = zip(cells, table.columns, strict=True)
+    return " ".join(x[: c.width].ljust(c.width) if c.left else x.rjust(c.width) for x, c in fields).rstrip()
 
 
 def row_lines(row: Row, paint: Paint) -> list[str]:
     """One row of the table, and the lines below it that say what is wrong or worth knowing."""
+    table = table_of(row)
+    name, width = table.name(row), table.columns[0].width
     if row.get("skipped"):
-        return [paint.dim(f"  {row['shape']:27} {short(row['dtype']):4} not run: {row['skipped']}")]
-    moved, memory = row["bytes"], row["memory"]
-    text = " ".join(filter(None, [row["label"] if row["label"] != "square" else "", row["shape"]]))
-    head = [] if len(text) <= WIDTHS[0] else [f"  {row['label']}"]
-    cells = (
-        row["shape"] if head else text,
-        short(row["dtype"]),
-        row["schedule"][: WIDTHS[2]],
-        seconds(row["seconds"]),
-        f"{row['gflops']:.1f}",
-        f"{100 * row['share_of_peak']:.0f}%",
-        size(moved["counted"]),
-        "=" if moved["counted"] == moved["planned"] == moved["bound"] else size(moved["bound"]),
-        f"{row['error']:.1e}" if row["error"] is not None else "nan",
-        "?" if memory["peak"] is None else size(memory["peak"]),
-        {True: "same", False: "other", None: "-"}[row["same_bits"]],
-    )
-    lines = [*head, "  " + _align(cells)]
-    notes = []
-    if row["backward"]:
-        notes.append("forward + backward")
-    if row["scaled_by"] != 1:
-        notes.append(f"features scaled down {row['scaled_by']:g} times; --shape {row['label']} runs the real size")
+        return [paint.dim(f"  {name:{width}} {short(row['dtype']):4} not run: {row['skipped']}")]
+    *head, name = [name] if len(name) <= width else name.rsplit(" ", 1)
+    lines = [*(f"  {line}" for line in head), "  " + _align(table, (name, short(row["dtype"]), *table.cells(row)))]
+    notes = table.notes(row)
     if row.get("reference"):
         reference = row["reference"]
         notes.append(

@@ -1,3 +1,10 @@
-"""What is measured: one module per kernel, each a list of cases and nothing else."""
+"""What is measured: one module per kernel, in the order of `--help`. A new kernel is a new module and one line here."""
 
 from __future__ import annotations
+
+from fivedp.bench.cases import gemm
+from fivedp.bench.family import Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (
+    gemm.FAMILY,
+)}  # fmt: skip

@@ -8,10 +8,18 @@ the backward pass.
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fivedp.bench import report
+from fivedp.bench.family import Column, Family, Row, Table
+
+if TYPE_CHECKING:
+    from fivedp.bench.family import Trial
+    from fivedp.bench.measure import Bench
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ QUICK_SQUARE, QUICK_TOKENS, QUICK_FEATURES = 1024, 1024, 2048
 FULL_SQUARES = (256, 512, 1024, 2048, 4096)
 FULL_TOKENS = 2048
 BATCH = 4
+ORDERS = ("tree", "canonical", "fast")
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class Case:
     label: str = ""
     backward: bool = False
     scaled_by: float = 1.0  # features of the layer divided by this, 1 for the real size
+    order: str = "tree"
 
     @property
     def flops(self) -> int:
@@ -127,6 +137,39 @@ class Case:
         """The size of every index that the spec names."""
         sizes = {"m": self.m, "n": self.n, "k": self.k}
         return {"b": self.batch, **sizes} if self.strategy.batched else sizes
+
+    @property
+    def title(self) -> str:
+        """For the progress line."""
+        return f"{self.strategy.known_as} {self.shape} {self.dtype}"
+
+    def record(self) -> Row:
+        """What the row says before anything runs."""
+        return {
+            "kernel": "gemm",
+            "label": self.label,
+            "strategy": self.strategy.key,
+            "known_as": self.strategy.known_as,
+            "spec": self.strategy.spec,
+            "shape": self.shape,
+            "sizes": self.sizes,
+            "dtype": self.dtype,
+            "backward": self.backward,
+            "scaled_by": self.scaled_by,
+            "order": self.order,
+        }
+
+    def memory_needed(self, ranks: int) -> float:
+        """Shares on all ranks, and as much again for panels, partial sums and the check."""
+        from fivedp.bench.trials import gemm
+
+        return gemm.memory_needed(self, ranks)
+
+    def open(self, bench: Bench) -> Trial:
+        """The product on this rank. Collective."""
+        from fivedp.bench.trials.gemm import Product
+
+        return Product(self, bench.grid(self.strategy), bench.seed)
 
 
 def near_square(ranks: int) -> tuple[int, int]:
@@ -229,7 +272,10 @@ def full(dtypes: list[str], tokens: int = FULL_TOKENS) -> list[Case]:
 
 
 def select(options: Any) -> list[Case]:
-    """The cases that the command line asks for: `options` has full, shape, spec, dtype, tokens and backward."""
+    """The cases that the command line asks for: `options` has full, shape, spec, dtype, tokens, backward and order."""
+    order = options.order or ORDERS[0]
+    if order not in ORDERS:
+        raise ValueError(f"--order {order} is not one of gemm, which has {', '.join(ORDERS)}")
     dtypes: list[str] = options.dtype or ["float32", "bfloat16"]
     tokens = options.tokens or FULL_TOKENS
     specs = [strategy(text) for text in options.spec or []]
@@ -254,6 +300,48 @@ def select(options: Any) -> list[Case]:
                     if known.batched:
                         rows, times = (m, batch) if batch else (max(1, m // BATCH), BATCH)
                     cases += [Case(known, rows, n, k, dtype, times, label=label) for dtype in dtypes]
-    if options.backward:
-        cases = [replace(case, backward=True) for case in cases]
-    return cases
+    return [replace(case, backward=case.backward or options.backward, order=order) for case in cases]
+
+
+def add_options(group: argparse._ArgumentGroup) -> None:
+    """The options that gemm alone has."""
+    group.add_argument("--spec", action="append", help="a spec or the name of a strategy; repeatable")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row["schedule"],
+        *report.rate_cells(row),
+        *report.bytes_cells(row),
+        report.error_cell(row["error"]),
+        report.memory_cell(row["memory"]["peak"]),
+        {True: "same", False: "other", None: "-"}[row["same_bits"]],
+    )
+
+
+def _notes(row: Row) -> list[str]:
+    notes = ["forward + backward"] if row["backward"] else []
+    if row["scaled_by"] != 1:
+        notes.append(f"features scaled down {row['scaled_by']:g} times; --shape {row['label']} runs the real size")
+    return notes
+
+
+TABLE = Table(
+    columns=(
+        Column("product", 27, left=True), Column("type", 4, left=True), Column("schedule", 14, left=True),
+        *report.RATE_COLUMNS, Column("sent/rank", 9), Column("least", 8), Column("error", 7), Column("memory", 8),
+        Column("bits", 5, left=True),
+    ),
+    group=lambda row: (row["known_as"], row["spec"]),
+    heading=lambda row: (row["known_as"], "   ".join(filter(None, [row["spec"], row.get("mesh")]))),
+    name=lambda row: " ".join(filter(None, [row["label"] if row["label"] != "square" else "", row["shape"]])),
+    cells=_cells,
+    notes=_notes,
+)  # fmt: skip
+FAMILY = Family(
+    name="gemm",
+    known={"strategies": tuple(s.key for s in STRATEGIES), "layers": tuple(LAYERS)},
+    add_options=add_options,
+    select=select,
+    table=TABLE,
+)
