@@ -80,7 +80,7 @@ def product(
     size = math.sqrt(size_sq) or 1.0
     spread = math.sqrt(honest_sq / max(count, 1.0))
     residual = _freivalds(comm, left, right, result, seed, inner, spread)
-    floor = _epsilon(result.data.dtype) if count < FEW else 0.0
+    floor = epsilon(result.data.dtype) if count < FEW else 0.0
     return Verdict(math.sqrt(wrong_sq) / size, math.sqrt(honest_sq) / size, residual, floor, same)
 
 
@@ -92,7 +92,7 @@ def _sample(
     extended = dtype.itemsize // (2 if dtype.kind == "c" else 1) == 8
     exact = (np.clongdouble if dtype.kind == "c" else np.longdouble) if extended else operands.exact_of(dtype)
     most_rows, most_columns = (12, 24) if extended else (SAMPLED_ROWS, SAMPLED_COLUMNS)  # long double has no BLAS
-    i, j = _pick(len(result.rows), most_rows, draw), _pick(len(result.columns), most_columns, draw)
+    i, j = pick(len(result.rows), most_rows, draw), pick(len(result.columns), most_columns, draw)
     if not (i.size and j.size):
         return 0.0, 0.0, 0.0, 0.0, True
     a = left.take(result.rows[i], range(inner))
@@ -106,20 +106,20 @@ def _sample(
         alone = one_rank(np.ascontiguousarray(a), np.ascontiguousarray(b))
         same = alone.tobytes() == np.ascontiguousarray(got).tobytes()
     return (
-        _squares(got.astype(exact) - truth),
-        _squares(honest.astype(exact) - truth),
-        _squares(truth),
+        squares(got.astype(exact) - truth),
+        squares(honest.astype(exact) - truth),
+        squares(truth),
         float(got.size),
         same,
     )
 
 
-def _epsilon(dtype: np.dtype[Any]) -> float:
+def epsilon(dtype: np.dtype[Any]) -> float:
     """The rounding unit of `dtype`; NumPy does not know that of bfloat16."""
     return 2.0**-8 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
 
 
-def _pick(size: int, most: int, draw: np.random.Generator) -> NDArray[np.int64]:
+def pick(size: int, most: int, draw: np.random.Generator) -> NDArray[np.int64]:
     """Up to `most` of `size` positions, the first and the last always among them."""
     if size <= most:
         return np.arange(size)
@@ -127,7 +127,8 @@ def _pick(size: int, most: int, draw: np.random.Generator) -> NDArray[np.int64]:
     return np.sort(np.concatenate(([0], inside, [size - 1])))
 
 
-def _squares(x: NDArray[Any]) -> float:
+def squares(x: NDArray[Any]) -> float:
+    """The sum of the squares."""
     return float((np.abs(x) ** 2).sum())
 
 

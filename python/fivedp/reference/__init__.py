@@ -6,14 +6,17 @@ Each reference is a class with one method per operation, the same names and argu
     numpy     NumPy in the type of the inputs
     torch     torch on the CPU in the type of the inputs
 
-`open_reference("torch").matmul(a, b)` takes and returns NumPy arrays. Nothing here is used by fivedp itself.
+`open_reference("torch").matmul(a, b)` takes and returns NumPy arrays. Nothing here is used by what it is compared with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
+
+from fivedp.kernels.attention import Mask
 
 NAMES = ("float64", "numpy", "torch")
 
@@ -23,8 +26,8 @@ class Reference(Protocol):
 
     name: str
 
-    def supports(self, dtype: str) -> bool:
-        """Whether products of this type are worth timing: float16 in NumPy, for one, has no BLAS."""
+    def supports(self, dtype: str, operation: str = "matmul") -> bool:
+        """Whether "matmul" or "attention" of this type is worth timing: float16 in NumPy, for one, has no BLAS."""
         ...
 
     def set_threads(self, threads: int) -> None:
@@ -37,6 +40,16 @@ class Reference(Protocol):
 
     def matmul_backward(self, dc: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Gradients (dA, dB) of a loss, from dC (..., M, N); dB of an unbatched B is summed over the batch."""
+        ...
+
+    def attention(self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: Mask) -> NDArray[Any]:
+        """The output (B, S, H, D) of attention of q (B, S, H, D) to k and v (B, S_k, H_kv, D)."""
+        ...
+
+    def attention_backward(
+        self, do: NDArray[Any], q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: Mask
+    ) -> Callable[[], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """A function that computes (dq, dk, dv); what the forward leaves for it is there already where it can be."""
         ...
 
 

@@ -6,10 +6,14 @@ and may be taken as nothing beside that of any 16- or 32-bit computation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fivedp.kernels.attention import Mask
+from fivedp.reference import attention_reference
 
 Gradients = tuple[NDArray[Any], NDArray[Any]]
 
@@ -31,7 +35,7 @@ class Float64:
 
     name = "float64"
 
-    def supports(self, dtype: str) -> bool:
+    def supports(self, dtype: str, operation: str = "matmul") -> bool:
         """All types are."""
         return True
 
@@ -49,15 +53,25 @@ class Float64:
         """Gradients dA and dB in float64."""
         return _gradients(_exact(dc), _exact(a), _exact(b))
 
+    def attention(self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: Mask) -> NDArray[Any]:
+        """The output in float64, with all logits stored."""
+        return attention_reference.attention(q, k, v, mask).out
+
+    def attention_backward(
+        self, do: NDArray[Any], q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: Mask
+    ) -> Callable[[], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """A function that computes (dq, dk, dv) in float64, its forward included."""
+        return lambda: attention_reference.attention_backward(do, q, k, v, mask)
+
 
 class SameType(Float64):
     """Products in the type of the inputs: OpenBLAS for 32- and 64-bit types."""
 
     name = "numpy"
 
-    def supports(self, dtype: str) -> bool:
-        """Types that BLAS has; NumPy multiplies others element by element."""
-        return dtype in ("float32", "float64", "complex64", "complex128")
+    def supports(self, dtype: str, operation: str = "matmul") -> bool:
+        """Types that BLAS has; NumPy multiplies others element by element. Its only attention is the oracle's."""
+        return operation == "matmul" and dtype in ("float32", "float64", "complex64", "complex128")
 
     def matmul(self, a: NDArray[Any], b: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """C = A B, into `out` where it is given."""

@@ -5,11 +5,15 @@ NumPy arrays become tensors without a copy (bfloat16 through its bits), so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from fivedp.kernels.attention import Mask
+from fivedp.reference.attention_reference import seen
 
 
 def to_tensor(x: NDArray[Any]) -> torch.Tensor:
@@ -35,9 +39,10 @@ class Torch:
 
     name = "torch"
 
-    def supports(self, dtype: str) -> bool:
-        """Types that torch multiplies fast on a CPU."""
-        return dtype in ("float32", "float64", "bfloat16", "complex64", "complex128")
+    def supports(self, dtype: str, operation: str = "matmul") -> bool:
+        """Types that torch multiplies fast on a CPU; complex numbers have no attention."""
+        real = dtype in ("float32", "float64", "bfloat16")
+        return real or (operation == "matmul" and dtype in ("complex64", "complex128"))
 
     def set_threads(self, threads: int) -> None:
         """Let torch use `threads` threads from now on."""
@@ -55,3 +60,45 @@ class Torch:
         leaf_a, leaf_b = to_tensor(a).detach().requires_grad_(), to_tensor(b).detach().requires_grad_()
         da, db = torch.autograd.grad(torch.matmul(leaf_a, leaf_b), (leaf_a, leaf_b), to_tensor(dc))
         return to_array(da), to_array(db)
+
+    def attention(self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: Mask) -> NDArray[Any]:
+        """The output by scaled_dot_product_attention; a mask other than causal is given as a matrix."""
+        with torch.no_grad():
+            out = _attend(to_tensor(q), to_tensor(k), to_tensor(v), _arguments(mask))
+        return to_array(out.transpose(1, 2))
+
+    def attention_backward(
+        self, do: NDArray[Any], q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: Mask
+    ) -> Callable[[], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """A function that computes (dq, dk, dv) by autograd; the forward has been done when this returns."""
+        leaves = [to_tensor(x).detach().requires_grad_() for x in (q, k, v)]
+        out = _attend(leaves[0], leaves[1], leaves[2], _arguments(mask))
+        gradient = to_tensor(do).transpose(1, 2)
+
+        def call() -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+            dq, dk, dv = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+            return to_array(dq), to_array(dk), to_array(dv)
+
+        return call
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """(B, H, S, D) from (B, S, H, D): the transposes are views."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out: torch.Tensor = attend(q, k, v, enable_gqa=grouped, **arguments)
+    return out
+
+
+def _arguments(mask: Mask) -> dict[str, Any]:
+    """What torch calls a mask: the flag for causal queries and keys of the same tokens, else a matrix of truth."""
+    if mask.softcap or mask.slopes is not None:
+        raise ValueError("reference torch: scaled_dot_product_attention has neither softcap nor ALiBi slopes")
+    same = mask.q_position.shape == mask.k_position.shape and bool((mask.q_position == mask.k_position).all())
+    rising = same and bool((np.diff(mask.k_position) > 0).all())
+    plain = mask.q_document is None and not mask.window
+    if plain and (not mask.causal or rising):
+        return {"scale": mask.scale, "is_causal": mask.causal}
+    visible = seen(mask)
+    return {"scale": mask.scale} | ({} if visible.all() else {"attn_mask": torch.from_numpy(visible)})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fivedp.bench.cases import gemm
+from fivedp.bench.cases import attention, gemm
 from fivedp.bench.family import Family
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
     gemm.FAMILY,
+    attention.FAMILY,
 )}  # fmt: skip
