@@ -1,6 +1,7 @@
 """fivedp beside other programs, alternating in one run.
 
     python bench/peers/compare.py --suite acceptance --json bench/results/<date>-<machine>-peers.json
+    python bench/peers/compare.py --suite attention --json bench/results/<date>-<machine>-attention.json
 
 Every program is started once, checks its result and then sleeps until its turn; at least seven rounds are run, and the
 median of the ratios with its spread is reported. A program that is missing is named with the command that installs it;
@@ -13,15 +14,18 @@ import argparse
 import datetime
 import json
 import os
+import platform
 import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from contest import Arena, Contest, Entry, say, table
+from contest import Arena, Contest, say, table
 from suites import NAMES, suite
+from worker import load
 
 SCHEMA = 1
 
@@ -32,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", action="append", choices=NAMES, help="which contests (default quick); repeatable")
     parser.add_argument("--only", help="keep contests whose title contains this")
     parser.add_argument("--without", action="append", default=[], help="leave a program out; repeatable")
-    parser.add_argument("--size", type=int, default=4096, help="of the squares (default 4096)")
+    parser.add_argument("--size", type=int, default=4096, help="of the squares, tokens of attention (default 4096)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="ranks x threads")
     parser.add_argument("--rounds", type=int, default=7, help="of every contest (default 7)")
     parser.add_argument("--json", metavar="F", help="write the result, after every contest")
@@ -41,8 +45,14 @@ def parser() -> argparse.ArgumentParser:
 
 def leave_out(contest: Contest, programs: list[str]) -> Contest:
     """`contest` without the entries of `programs`."""
-    entries: tuple[Entry, ...] = tuple(e for e in contest.entries if e.program not in programs)
-    return Contest(contest.title, contest.m, contest.n, contest.k, contest.dtype, entries, contest.inner)
+    return replace(contest, entries=tuple(e for e in contest.entries if e.program not in programs))
+
+
+def machine() -> dict[str, Any]:
+    """What the driver knows of the machine; what a program uses of it is in that program's facts."""
+    environment = load("environment")
+    return {"cpu": environment.cpu(), "revision": environment.revision(), "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}"}  # fmt: skip
 
 
 def main() -> int:
@@ -56,9 +66,12 @@ def main() -> int:
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "cores": options.cores,
         "load": round(os.getloadavg()[0], 1),
+        "machine": machine(),
         "contests": [],
     }
     arena = Arena(rounds=options.rounds)
+    say([f"{result['machine']['cpu']['model']}, {options.cores} of {result['machine']['cpu']['cores']} cores, "
+         f"revision {result['machine']['revision']}, load {result['load']}"])  # fmt: skip
     failed = False
     try:
         for contest in contests:

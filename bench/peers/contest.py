@@ -1,8 +1,8 @@
-"""Contests: one product, several programs, run in turn.
+"""Contests: one piece of work, several programs, run in turn.
 
-A contest names a shape, a type and its entries; the first is ours. In each round every entry runs once, the order
-turning from round to round, so a slow moment of the machine meets all of them. The ratio of a round is the time of the
-other over ours: above 1 we are faster. A result is checked by Freivalds in float64 before its time counts.
+A contest names the work and its entries; the first is ours. In each round every entry runs once, the order turning from
+round to round, so a slow moment of the machine meets all of them. The ratio of a round is the time of the other over
+ours: above 1 we are faster. A result is held against float64 before its time counts.
 """
 
 from __future__ import annotations
@@ -11,19 +11,49 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 from programs import Missing, Running
-from worker import operands, signs
 
-SIGMAS = 16.0
+SIGMAS = 16.0  # of a plain computation's error: a peer may add in another order, but not be wrong
 PATHS = re.compile(r"(?:/[\w.+-]+){2,}")
+
+
+class Work(Protocol):
+    """What all entries of a contest do: `products.Product` or `attentions.Attention`."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of the inputs."""
+
+    @property
+    def flops(self) -> float:
+        """Operations, counted the usual way."""
+
+    @property
+    def shape(self) -> str:
+        """Its sizes in a word."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What a worker must know to do it, but for the type and the seed."""
+
+    def verify(self, program: Running, seed: int) -> dict[str, Any]:
+        """Hold what the program has computed against float64; what is worth recording of it.
+
+        Raises
+        ------
+        WrongResult
+            Where they differ by more than rounding explains.
+        """
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A program with its ranks, threads and layout (`way`); `wanted` is the least ratio we aim for against it."""
+    """A program with its ranks, threads and layout (`way`); `wanted` is the least ratio we aim for against it.
+
+    `work` is given where it is another than that of the contest: what we do beside what we do.
+    """
 
     program: str
     ranks: int
@@ -31,34 +61,33 @@ class Entry:
     way: str = ""
     wanted: float | None = None
     keywords: tuple[tuple[str, Any], ...] = ()
+    work: Work | None = None
 
     @property
     def text(self) -> str:
         """`dtensor 2x1 row`."""
         extra = " ".join(f"{k}={v}" for k, v in self.keywords)
-        return " ".join(filter(None, [self.program, f"{self.ranks}x{self.threads}", self.way, extra]))
+        other = "" if self.work is None else self.work.shape
+        return " ".join(filter(None, [self.program, f"{self.ranks}x{self.threads}", self.way, extra, other]))
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A product and its entries, ours first."""
+    """A piece of work and its entries, ours first."""
 
     title: str
-    m: int
-    n: int
-    k: int
-    dtype: str
+    work: Work
     entries: tuple[Entry, ...]
     inner: int = 1
 
-    @property
-    def flops(self) -> int:
-        """2 m n k."""
-        return 2 * self.m * self.n * self.k
+    def case(self, entry: Entry, seed: int) -> dict[str, Any]:
+        """What the program of `entry` is told to prepare."""
+        work = entry.work or self.work
+        return {**work.sizes, "dtype": work.dtype, "seed": seed, "way": entry.way, "keywords": dict(entry.keywords)}
 
 
 class WrongResult(Exception):
-    """An entry's product is not the product."""
+    """What an entry computed is not the result."""
 
 
 @dataclass
@@ -68,7 +97,6 @@ class Arena:
     rounds: int = 7
     running: dict[tuple[str, int, int], Running] = field(default_factory=dict)
     missing: dict[tuple[str, int, int], str] = field(default_factory=dict)
-    expected: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def program(self, entry: Entry) -> Running:
         """The running program of `entry`.
@@ -92,18 +120,17 @@ class Arena:
     def hold(self, contest: Contest, seed: int) -> dict[str, Any]:
         """Run `contest` and return its record: samples, ratios, what could not run."""
         ready: list[tuple[Entry, Running]] = []
+        found: list[dict[str, Any]] = []
+        work = contest.work
         record: dict[str, Any] = {
-            "title": contest.title, "sizes": {"m": contest.m, "n": contest.n, "k": contest.k}, "dtype": contest.dtype,
-            "seed": seed, "entries": [], "missing": {}, "wrong": {},
+            "title": contest.title, "shape": work.shape, "sizes": work.sizes, "dtype": work.dtype, "seed": seed,
+            "entries": [], "missing": {}, "wrong": {},
         }  # fmt: skip
         for entry in contest.entries:
-            case = {"m": contest.m, "n": contest.n, "k": contest.k, "dtype": contest.dtype, "seed": seed,
-                    "way": entry.way, "keywords": dict(entry.keywords)}  # fmt: skip
             try:
                 program = self.program(entry)
-                if not any(program is other for _, other in ready):
-                    program.order(do="prepare", case=case)
-                    self.check(contest, seed, program)
+                program.order(do="prepare", case=contest.case(entry, seed))
+                found.append((entry.work or work).verify(program, seed))
                 ready.append((entry, program))
             except Missing as why:
                 record["missing"][entry.text] = PATHS.sub("<path>", str(why))  # a result names no path
@@ -117,15 +144,15 @@ class Arena:
             order = list(range(len(ready)))
             for i in order[turn % len(order) :] + order[: turn % len(order)] if order else []:
                 entry, program = ready[i]
-                if same:  # one program in two layouts: its inputs change between the turns, outside the timer
-                    program.order(do="prepare", case={**_case(contest, seed), "way": entry.way,
-                                                      "keywords": dict(entry.keywords)})  # fmt: skip
+                if same:  # one program does two things: its inputs change between the turns, outside the timer
+                    program.order(do="prepare", case=contest.case(entry, seed))
                 times[i] += program.seconds(1, contest.inner)
-        for (entry, program), seconds in zip(ready, times, strict=True):
+        for (entry, program), seconds, checked in zip(ready, times, found, strict=True):
+            flops = (entry.work or work).flops
             line: dict[str, Any] = {
                 "entry": entry.text, "program": entry.program, "ranks": entry.ranks, "threads": entry.threads,
                 "way": entry.way, "seconds": statistics.median(seconds), "samples": seconds,
-                "gflops": contest.flops / statistics.median(seconds) / 1e9, "facts": program.order(do="facts")[0],
+                "gflops": flops / statistics.median(seconds) / 1e9, "facts": program.order(do="facts")[0], **checked,
             }  # fmt: skip
             if ready[0][0] is contest.entries[0] and entry is not contest.entries[0]:
                 ratios = sorted(theirs / ours for theirs, ours in zip(seconds, times[0], strict=True))
@@ -141,25 +168,6 @@ class Arena:
         """Forget a program that ended."""
         self.running.pop((entry.program, entry.ranks, entry.threads)).stop()
 
-    def check(self, contest: Contest, seed: int, program: Running) -> None:
-        """Hold the program's C times a vector of signs against A (B x) in float64.
-
-        Raises
-        ------
-        WrongResult
-            Where they differ by more than rounding explains.
-        """
-        key = (contest.m, contest.n, contest.k, contest.dtype, seed)
-        if key not in self.expected:
-            self.expected = {key: _expected(contest, seed)}
-        want, allowed = self.expected[key]
-        got = np.zeros(contest.m)
-        for part in program.order(do="check", seed=seed, n=contest.n):
-            got[part["rows"]] += part["values"]
-        worst = float(np.abs(got - want).max())
-        if not worst <= allowed:
-            raise WrongResult(f"Freivalds residual {worst:.3g}, rounding explains {allowed:.3g}")
-
     def close(self) -> None:
         """End every program."""
         for running in self.running.values():
@@ -167,33 +175,9 @@ class Arena:
         self.running.clear()
 
 
-def _case(contest: Contest, seed: int) -> dict[str, Any]:
-    return {"m": contest.m, "n": contest.n, "k": contest.k, "dtype": contest.dtype, "seed": seed}
-
-
-def _expected(contest: Contest, seed: int) -> tuple[Any, float]:
-    """A (B x) and the residual that rounding explains, from the error of a sample multiplied in the same type."""
-    dtype = operands.dtype_of(contest.dtype)
-    x = signs(seed, contest.n)
-    m, n, k = contest.m, contest.n, contest.k
-    y = np.concatenate([operands.block(seed + 1, range(i, min(k, i + 512)), range(n), dtype).astype(np.float64) @ x
-                        for i in range(0, k, 512)])  # fmt: skip
-    z = np.concatenate([operands.block(seed, range(i, min(m, i + 512)), range(k), dtype).astype(np.float64) @ y
-                        for i in range(0, m, 512)])  # fmt: skip
-    a = operands.block(seed, range(min(m, 48)), range(k), dtype)
-    b = operands.block(seed + 1, range(k), range(min(n, 192)), dtype)
-    wide = operands.accumulator_of(dtype)
-    error = (a.astype(wide) @ b.astype(wide)).astype(dtype).astype(np.float64) - a.astype(np.float64) @ b.astype(
-        np.float64
-    )
-    own = np.finfo(np.float64).eps * np.sqrt(n * k) * np.sqrt(k)
-    return z, float(SIGMAS * (np.sqrt(np.square(error).mean() * n) + own))
-
-
 def table(record: dict[str, Any]) -> list[str]:
     """The lines of a contest: entry, rate, ratio with spread, and the aim."""
-    sizes = record["sizes"]
-    lines = [f"{record['title']}   {sizes['m']}x{sizes['n']}x{sizes['k']} {record['dtype']}"]
+    lines = [f"{record['title']}   {record['shape']} {record['dtype']}"]
     for line in record["entries"]:
         text = f"  {line['entry']:38} {1e3 * line['seconds']:9.2f} ms {line['gflops']:8.1f} GFLOP/s"
         if "ratio" in line:

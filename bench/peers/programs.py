@@ -26,7 +26,7 @@ START_SECONDS, ANSWER_SECONDS = 90.0, 300.0
 
 @dataclass(frozen=True)
 class Program:
-    """A file that multiplies, how its ranks are started, and what it needs."""
+    """A file that does the work, how its ranks are started, and what it needs."""
 
     file: str
     launch: str  # "single", "mpirun", "torchrun" or "mpirun.openmpi"
@@ -49,6 +49,9 @@ PROGRAMS = {
         "numpy",
         "apt-get install libscalapack-openmpi-dev libopenblas-dev openmpi-bin",
     ),
+    "fivedp_attention": Program("fivedp_attention.py", "mpirun", "fivedp", "pip install 'fivedp[mpich]'"),
+    "torch_sdpa": Program("torch_sdpa.py", "single", "torch", "pip install torch threadpoolctl"),
+    "torch_ring": Program("torch_ring.py", "torchrun", "torch", "pip install torch threadpoolctl"),
 }
 
 
@@ -163,7 +166,7 @@ class Running:
         return answers
 
     def seconds(self, repeats: int = 1, inner: int = 1) -> list[float]:
-        """Times of `repeats` products, each that of the slowest rank."""
+        """Times of `repeats` runs, each that of the slowest rank."""
         answers = self.order(do="time", repeats=repeats, inner=inner)
         return [max(times) for times in zip(*(a["seconds"] for a in answers), strict=True)]
 

@@ -1,14 +1,18 @@
 """The contests of each suite.
 
 `acceptance` is what fivedp is to reach on the cores of one machine: every spec against NumPy with all cores, against
-ScaLAPACK and DTensor in the same layout, more ranks on the same cores, one thread, and the models' decode shapes.
+ScaLAPACK and DTensor in the same layout, more ranks on the same cores, and one thread. `attention` is the same for
+attention: one thread against torch, ranks against one rank and against torch's ring, more ranks than cores.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from attentions import Attention
 from contest import Contest, Entry
+from products import Product
 
 LINE_SPECS = ("column", "column-gathered", "row", "row-sequence", "sequence-column", "block-rows")
 SPECS = (*LINE_SPECS, "summa", "2.5d")
@@ -36,7 +40,7 @@ def squares(cores: int, size: int) -> list[Contest]:
             entries.append(Entry("dtensor", cores, 1, spec, wanted=2.0))
         if spec in ("block-rows", "sequence-column", "row"):
             entries.append(Entry("heat", cores, 1, spec))
-        contests.append(Contest(f"f32, {spec}, {cores} ranks", size, size, size, "float32", tuple(entries)))
+        contests.append(Contest(f"f32, {spec}, {cores} ranks", Product(size, size, size, "float32"), tuple(entries)))
     return contests
 
 
@@ -56,7 +60,7 @@ def halves(cores: int, size: int) -> list[Contest]:
             Entry("dtensor", cores, 1, spec, wanted=wanted),
             Entry("torch", 1, cores),
         )
-        contests.append(Contest(f"bf16, {spec}, {cores} ranks", size, size, size, "bfloat16", entries))
+        contests.append(Contest(f"bf16, {spec}, {cores} ranks", Product(size, size, size, "bfloat16"), entries))
     return contests
 
 
@@ -70,7 +74,9 @@ def crowded(cores: int, size: int) -> list[Contest]:
                 entries.append(Entry("pylops", factor * cores, 1, wanted=1.0))
             contests.append(
                 Contest(
-                    f"f32, {spec}, {factor * cores} ranks on {cores} cores", size, size, size, "float32", tuple(entries)
+                    f"f32, {spec}, {factor * cores} ranks on {cores} cores",
+                    Product(size, size, size, "float32"),
+                    tuple(entries),
                 )
             )
     return contests
@@ -83,12 +89,83 @@ def threads(sizes: tuple[int, ...] = (1024, 2048, 4096)) -> list[Contest]:
     for size in sizes:
         narrow = size if has_bfloat16() else min(size, 512)
         contests += [
-            Contest(f"f32, one thread, n = {size}", size, size, size, "float32",
+            Contest(f"f32, one thread, n = {size}", Product(size, size, size, "float32"),
                     (own, Entry("numpy", 1, 1, wanted=0.95), Entry("torch", 1, 1))),
-            Contest(f"bf16, one thread, n = {narrow}", narrow, narrow, narrow, "bfloat16",
+            Contest(f"bf16, one thread, n = {narrow}", Product(narrow, narrow, narrow, "bfloat16"),
                     (own, Entry("torch", 1, 1, wanted=0.95))),
         ]  # fmt: skip
     return list(dict.fromkeys(contests))
+
+
+def attention_shapes(size: int) -> list[tuple[int, int]]:
+    """Tokens and head size of what is measured on one thread, the longest of `size` tokens."""
+    return [(size // 2, 64), (size, 128)]
+
+
+def in_words(work: Attention) -> str:
+    """`f32 forward, causal`."""
+    number = {"float32": "f32", "bfloat16": "bf16"}[work.dtype]
+    return f"{number} {'backward' if work.backward else 'forward'}, {'causal' if work.causal else 'full'}"
+
+
+def attention_threads(size: int) -> list[Contest]:
+    """One thread against torch's flash kernel, and against ourselves without a mask.
+
+    Documents are of unequal lengths, 1 to 16 times the shortest: their mask leaves 8% of all pairs. Masks that are not
+    just causal are dense for torch, and cost it the same for every kind of mask.
+    """
+    one, contests = ("fivedp_attention", 1, 1), []
+    for dtype, forward, backward in (("float32", 1.6, 1.5), ("bfloat16", 2.5, 1.6)):
+        for is_backward, wanted in ((False, forward), (True, backward)):
+            for tokens, head_size in attention_shapes(size):
+                for causal in (False, True):
+                    work = Attention(tokens, head_size, 8, dtype, causal, is_backward)
+                    entries = (Entry(*one), Entry("torch_sdpa", 1, 1, wanted=wanted))
+                    contests.append(Contest(f"{in_words(work)}, one thread", work, entries))
+    for dtype in ("float32", "bfloat16"):
+        causal, full = (Attention(size, 128, 8, dtype, causal) for causal in (True, False))
+        entries = (Entry(*one), Entry(*one, wanted=1 / 0.54, work=full))
+        contests.append(Contest(f"{in_words(causal)}, one thread, beside full", causal, entries))
+    tokens = 2 * size
+    lengths = np.random.default_rng(16).permutation(np.arange(1, 17))
+    documents = (0, *(np.cumsum(lengths) * tokens // int(lengths.sum())).tolist())
+    for title, wanted, work in (
+        ("16 documents", 6.0, Attention(tokens, 64, 4, "float32", documents=documents)),
+        ("16 documents", 6.0, Attention(tokens, 64, 4, "float32", causal=True, documents=documents)),
+        ("window 256", 12.0, Attention(tokens, 64, 4, "float32", causal=True, window=min(256, tokens))),
+    ):
+        entries = (Entry(*one), Entry("torch_sdpa", 1, 1, wanted=wanted))
+        contests.append(Contest(f"{in_words(work)}, {title}, one thread", work, entries))
+    return contests
+
+
+def attention_ranks(cores: int, size: int) -> list[Contest]:
+    """As many ranks as cores, against one rank and against torch's ring on gloo: zigzag, forward and backward."""
+    contests = []
+    for backward in (False, True):
+        for causal in (False, True):
+            work = Attention(size, 128, 8, "float32", causal, backward)
+            entries = (
+                Entry("fivedp_attention", cores, 1, "zigzag"),
+                Entry("fivedp_attention", 1, 1, wanted=0.92 * cores),
+                Entry("torch_ring", cores, 1, wanted=2.2),
+            )
+            contests.append(Contest(f"{in_words(work)}, {cores} ranks", work, entries))
+    return contests
+
+
+def attention_crowded(cores: int, size: int) -> list[Contest]:
+    """Four times as many ranks as cores; ours on as many ranks as cores is the peer."""
+    contests = []
+    for backward in (False, True):
+        for causal in (False, True):
+            work = Attention(size, 128, 8, "float32", causal, backward)
+            entries = (
+                Entry("fivedp_attention", 4 * cores, 1, "zigzag"),
+                Entry("fivedp_attention", cores, 1, "zigzag", wanted=0.85),
+            )
+            contests.append(Contest(f"{in_words(work)}, {4 * cores} ranks on {cores} cores", work, entries))
+    return contests
 
 
 def suite(name: str, cores: int, size: int) -> list[Contest]:
@@ -99,11 +176,18 @@ def suite(name: str, cores: int, size: int) -> list[Contest]:
         "crowded": lambda: crowded(cores, size),
         "threads": threads,
     }
-    if name == "acceptance":
-        return [contest for part in parts.values() for contest in part()]
+    attention = {
+        "attention-threads": lambda: attention_threads(size),
+        "attention-ranks": lambda: attention_ranks(cores, size),
+        "attention-crowded": lambda: attention_crowded(cores, size),
+    }
+    for whole, its in (("acceptance", parts), ("attention", attention)):
+        if name == whole:
+            return [contest for part in its.values() for contest in part()]
     if name == "quick":
         return squares(cores, min(size, 1024))[:3] + threads((512,))
-    return parts[name]()
+    return (parts | attention)[name]()
 
 
-NAMES = ("quick", "squares", "halves", "crowded", "threads", "acceptance")
+NAMES = ("quick", "squares", "halves", "crowded", "threads", "acceptance",
+         "attention", "attention-threads", "attention-ranks", "attention-crowded")  # fmt: skip

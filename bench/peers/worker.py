@@ -1,14 +1,15 @@
-"""One rank of a program that is compared: it waits asleep, and times a product when told to.
+"""One rank of a program that is compared: it waits asleep, and times its work when told to.
 
 Every rank of every program connects to one Unix socket and blocks in `recv`, so a program that is not measured takes no
 core, whatever its MPI does while waiting. The protocol is one JSON object a line:
 
     {"do": "prepare", "case": {...}}   make the inputs, run once          -> {"ok": true} or {"missing": why}
-    {"do": "time", "repeats": n}       n products, a barrier before each  -> {"seconds": [...]} of this rank
-    {"do": "check", "seed": s}         this rank's part of C times signs  -> {"rows": [...], "values": [...]}
+    {"do": "time", "repeats": n}       n runs, a barrier before each      -> {"seconds": [...]} of this rank
+    {"do": "check", ...}               what the driver's check needs of this rank's part of the result
     {"do": "quit"}
 
-A case is {"m", "n", "k", "dtype", "seed", "way", "inner", ...}; `way` names a layout in the program's own terms.
+A case is that of the driver's work (`products.py`, `attentions.py`) with "seed", "way" and "keywords"; `way` names a
+layout in the program's own terms.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ import numpy as np
 SOCKET, NAME = "FIVEDP_BENCH_SOCKET", "FIVEDP_BENCH_WORKER"
 
 
-def load_operands() -> ModuleType:
-    """The module that makes inputs from seeds, taken by file: a peer's environment need not hold fivedp."""
-    file = Path(__file__).resolve().parents[2] / "python" / "fivedp" / "bench" / "operands.py"
-    found = importlib.util.spec_from_file_location("operands", file)
+def load(name: str) -> ModuleType:
+    """A module of fivedp's benchmark, taken by file: a peer's environment need not hold fivedp."""
+    file = Path(__file__).resolve().parents[2] / "python" / "fivedp" / "bench" / f"{name}.py"
+    found = importlib.util.spec_from_file_location(name, file)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
@@ -40,7 +41,7 @@ def load_operands() -> ModuleType:
     return module
 
 
-operands = load_operands()
+operands = load("operands")
 
 
 def span(size: int, parts: int, part: int) -> tuple[int, int]:
@@ -65,7 +66,7 @@ def signs(seed: int, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 class Peer:
-    """A program that multiplies. Subclasses fill in the four methods; `rank` and `size` before `serve`."""
+    """A program that is compared. Subclasses fill in the first four methods; `rank` and `size` before `serve`."""
 
     rank, size = 0, 1
 
@@ -74,7 +75,7 @@ class Peer:
         raise NotImplementedError
 
     def run(self) -> None:
-        """One product."""
+        """The work once."""
         raise NotImplementedError
 
     def barrier(self) -> None:
@@ -86,6 +87,18 @@ class Peer:
         None where another rank holds the same part.
         """
         raise NotImplementedError
+
+    def check(self, order: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of C times signs: {"rows": [...], "values": [...]}."""
+        part = self.result()
+        if part is None:
+            return {"rows": [], "values": []}
+        c, rows, columns = part
+        rows, columns = (np.arange(*i) if isinstance(i, tuple) else i for i in (rows, columns))
+        x = signs(order["seed"], order["n"])[columns]
+        c = np.asarray(c)
+        values = np.concatenate([c[i : i + 512].astype(np.float64) @ x for i in range(0, len(c), 512)] or [np.zeros(0)])
+        return {"rows": rows.tolist(), "values": values.tolist()}
 
     def facts(self) -> dict[str, Any]:
         """What is used: versions, BLAS core, threads."""
@@ -115,15 +128,7 @@ def _answer(peer: Peer, order: dict[str, Any]) -> dict[str, Any]:
             seconds.append((time.perf_counter() - start) / inner)
         return {"seconds": seconds}
     if order["do"] == "check":
-        part = peer.result()
-        if part is None:
-            return {"rows": [], "values": []}
-        c, rows, columns = part
-        rows, columns = (np.arange(*i) if isinstance(i, tuple) else i for i in (rows, columns))
-        x = signs(order["seed"], order["n"])[columns]
-        c = np.asarray(c)
-        values = np.concatenate([c[i : i + 512].astype(np.float64) @ x for i in range(0, len(c), 512)] or [np.zeros(0)])
-        return {"rows": rows.tolist(), "values": values.tolist()}
+        return peer.check(order)
     raise ValueError(f"unknown order {order['do']!r}")
 
 

@@ -7,11 +7,17 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+
+from fivedp.kernels.attention import Mask
+from fivedp.layout.sequence import place
+from fivedp.reference import attention_reference
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 RESULTS = sorted((BENCH / "results").glob("*.json"))
@@ -30,9 +36,20 @@ def load(file: Path) -> ModuleType:
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCH / "peers"))
-    for name in ("FIVEDP_BENCH_PYTHON_NUMPY", "FIVEDP_BENCH_PYTHON_FIVEDP"):
-        monkeypatch.delenv(name, raising=False)
-    return load(BENCH / "peers" / "contest.py")
+    for name in [n for n in os.environ if n.startswith("FIVEDP_BENCH_PYTHON_")]:
+        monkeypatch.delenv(name)
+    contest = load(BENCH / "peers" / "contest.py")
+    for name in ("products", "attentions"):  # their errors are those of this copy of `contest`
+        load(BENCH / "peers" / f"{name}.py")
+    return contest
+
+
+def product(m: int, n: int, k: int, dtype: str = "float32") -> Any:
+    return sys.modules["products"].Product(m, n, k, dtype)
+
+
+def attention(*sizes: Any, **options: Any) -> Any:
+    return sys.modules["attentions"].Attention(*sizes, **options)
 
 
 def test_tables_of_the_documentation_are_what_the_results_say() -> None:
@@ -83,7 +100,7 @@ def test_entries_of_a_contest_take_turns_and_are_checked(peers: Any) -> None:
     one, two = peers.Entry("numpy", 1, 1, wanted=0.1), peers.Entry("numpy", 1, 2, wanted=0.1)
     arena = peers.Arena(rounds=3)
     try:
-        record = arena.hold(peers.Contest("two", 65, 70, 75, "float32", (one, two)), seed=5)
+        record = arena.hold(peers.Contest("two", product(65, 70, 75), (one, two)), seed=5)
         (ours, theirs) = record["entries"]
         assert len(ours["samples"]) == len(theirs["samples"]) == 3
         assert theirs["spread"][0] <= theirs["ratio"] <= theirs["spread"][1]
@@ -96,11 +113,13 @@ def test_entries_of_a_contest_take_turns_and_are_checked(peers: Any) -> None:
 
 def test_a_wrong_peer_is_named_and_not_timed(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver expects the product of other inputs, as it would after a peer's mistake."""
-    right = peers._expected
-    monkeypatch.setattr(peers, "_expected", lambda contest, seed: right(contest, seed + 2))
+    products = sys.modules["products"]
+    right = products._expected
+    monkeypatch.setattr(products, "_expected", lambda work, seed: right(work, seed + 2))
     arena = peers.Arena(rounds=1)
     try:
-        record = arena.hold(peers.Contest("one", 40, 50, 60, "float64", (peers.Entry("numpy", 1, 1),)), seed=5)
+        contest = peers.Contest("one", product(40, 50, 60, "float64"), (peers.Entry("numpy", 1, 1),))
+        record = arena.hold(contest, seed=5)
     finally:
         arena.close()
     assert record["entries"] == []
@@ -112,7 +131,7 @@ def test_a_missing_program_is_named_with_its_installation(peers: Any, monkeypatc
     absent = programs.Program("heat_matmul.py", "mpirun", "no_such_module_anywhere", "pip install something")
     monkeypatch.setitem(programs.PROGRAMS, "heat", absent)
     arena = peers.Arena(rounds=1)
-    record = arena.hold(peers.Contest("none", 8, 8, 8, "float32", (peers.Entry("heat", 2, 1),)), seed=5)
+    record = arena.hold(peers.Contest("none", product(8, 8, 8), (peers.Entry("heat", 2, 1),)), seed=5)
     arena.close()
     assert "pip install something" in record["missing"]["heat 2x1"]
 
@@ -122,10 +141,11 @@ def test_every_suite_puts_fivedp_first_and_gives_all_the_same_cores(peers: Any) 
     for name in suites.NAMES:
         for contest in suites.suite(name, 2, 64):
             first, *others = contest.entries
-            assert first.program == "fivedp"
+            assert first.program in ("fivedp", "fivedp_attention")
             assert others
-            crowded = name in ("crowded", "acceptance") and "ranks on" in contest.title
-            cores = {e.ranks * e.threads for e in contest.entries}
+            crowded = "ranks on" in contest.title
+            # ours on another number of ranks says how well ranks add up, and is no peer
+            cores = {e.ranks * e.threads for e in contest.entries if e is first or e.program != first.program}
             assert len(cores) == 1 or crowded, contest.title
 
 
@@ -135,3 +155,82 @@ def test_programs_start_without_what_misleads_a_blas(peers: Any, monkeypatch: py
     env = sys.modules["programs"].environment(3)
     assert not [n for n in env if n.startswith("NVPL_") or n in sys.modules["programs"].MISLEADING]
     assert env["OPENBLAS_NUM_THREADS"] == env["OMP_NUM_THREADS"] == "3"
+
+
+def rows_by_definition(work: Any, seed: int) -> dict[str, Any]:
+    """o, or dq, dk and dv, of all tokens and heads, from the library's float64 reference."""
+    inputs = sys.modules["attention_peer"].inputs({**work.sizes, "dtype": work.dtype, "seed": seed},
+                                                  np.arange(work.tokens))  # fmt: skip
+    q, k, v, *do = (x[None].astype(np.float64) for x in inputs.values())
+    where = place(np.arange(work.tokens), work.documents or None)
+    mask = Mask(where.position, where.position, where.document, where.document, scale=work.head_size**-0.5,
+                causal=work.causal, window=work.window)  # fmt: skip
+    if not work.backward:
+        return {"o": attention_reference.attention(q, k, v, mask).out[0]}
+    gradients = attention_reference.attention_backward(do[0], q, k, v, mask)
+    return {name: x[0] for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)}
+
+
+MASKS = ({}, {"causal": True}, {"window": 9}, {"causal": True, "window": 9}, {"documents": (0, 7, 30, 64)})
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+def test_sampled_rows_of_attention_are_those_of_the_reference(peers: Any, options: Any, backward: bool) -> None:
+    work = attention(64, 12, 3, "float32", backward=backward, **options)
+    tokens, heads, rows, plain = sys.modules["attentions"]._expected(work, 5)
+    assert len(tokens) == len(set(tokens)) == 24
+    for name, whole in rows_by_definition(work, 5).items():
+        np.testing.assert_allclose(rows[name], whole[tokens][:, heads], rtol=1e-9, atol=1e-12)
+        assert 0 < np.abs(plain[name]).max() < 1e-4  # the same rows in float32
+    seen = attention_reference.seen(Mask(*2 * (np.arange(64, dtype=np.int32),), causal=work.causal, window=work.window))
+    if not work.documents:
+        assert work.pairs == seen.sum()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_of_two_ranks_and_of_one_take_turns(peers: Any, backward: bool) -> None:
+    """Ours beside ours, and beside ours without a mask: programs that do two things are told which."""
+    work, full = (attention(96, 16, 2, "float32", causal=c, backward=backward) for c in (True, False))
+    one = ("fivedp_attention", 1, 1)
+    entries = (peers.Entry("fivedp_attention", 2, 1, "zigzag"), peers.Entry(*one), peers.Entry(*one, work=full))
+    arena = peers.Arena(rounds=2)
+    try:
+        record = arena.hold(peers.Contest("attention", work, entries), seed=5)
+    finally:
+        arena.close()
+    assert record["missing"] == record["wrong"] == {}
+    assert [len(e["samples"]) for e in record["entries"]] == [2, 2, 2]
+    assert all(0 < e["error_over_plain"] < 4 for e in record["entries"])
+    assert record["shape"] in "\n".join(peers.table(record))
+
+
+@pytest.mark.parametrize("program", ["torch_sdpa", "torch_ring"])
+def test_attention_of_torch_is_right(peers: Any, program: str) -> None:
+    pytest.importorskip("torch")
+    masks = MASKS if program == "torch_sdpa" else MASKS[:2]
+    arena = peers.Arena(rounds=1)
+    try:
+        for number, options in enumerate(masks):
+            for backward in (False, True):
+                work = attention(64, 16, 2, ("float32", "bfloat16")[number % 2], backward=backward, **options)
+                entry = peers.Entry(program, 1 if program == "torch_sdpa" else 2, 1)
+                record = arena.hold(peers.Contest("torch", work, (entry,)), seed=5)
+                assert record["missing"] == record["wrong"] == {}
+    finally:
+        arena.close()
+
+
+def test_a_wrong_attention_is_named_and_not_timed(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver expects a mask that the program was not told of."""
+    attentions = sys.modules["attentions"]
+    right = attentions._expected
+    monkeypatch.setattr(attentions, "_expected", lambda work, seed: right(replace(work, causal=True), seed))
+    arena = peers.Arena(rounds=1)
+    try:
+        entry = peers.Entry("fivedp_attention", 1, 1)
+        record = arena.hold(peers.Contest("one", attention(70, 16, 2, "float32"), (entry,)), seed=5)
+    finally:
+        arena.close()
+    assert record["entries"] == []
+    assert "o is off by" in record["wrong"]["fivedp_attention 1x1"]
