@@ -86,6 +86,24 @@ def specs(result: Result) -> str:
     return table(names, rows)
 
 
+def setting(result: Result) -> str:
+    """The machine of a contest, and the versions that its programs told."""
+    m = result["machine"]
+    facts = {e["program"]: e["facts"] for contest in result["contests"] for e in contest["entries"]}
+    ours = facts.get("fivedp_attention") or facts.get("fivedp") or {}
+    torch = next((f for f in facts.values() if "torch" in f), None)
+    busy = f"; load {result['load']} before the start: other programs ran" * (result["load"] > 0.5 * result["cores"])
+    rows = [
+        ["date, revision", f"{result['when']}, {m['revision'] or 'installed wheel'}"],
+        ["CPU", f"{m['cpu']['model']}, {result['cores']} cores; flags {' '.join(m['cpu']['flags'])}{busy}"],
+    ]
+    if "mpi" in ours:
+        rows.append(["ours", f"kernels {ours['isa']}; {ours['mpi']['name']} {ours['mpi']['version']}"])
+    if torch is not None:
+        rows.append(["peer", f"torch {torch['torch']}"])
+    return table(["", ""], rows)
+
+
 def peers(result: Result) -> str:
     """One line per contest and peer, with the aim where there is one."""
     rows = []
@@ -94,7 +112,7 @@ def peers(result: Result) -> str:
         if ours is None:
             continue
         sizes = contest["sizes"]
-        shape = f"{sizes['m']}x{sizes['n']}x{sizes['k']}"
+        shape = contest.get("shape") or f"{sizes['m']}x{sizes['n']}x{sizes['k']}"
         for entry in others:
             if "ratio" not in entry:
                 continue
@@ -108,7 +126,7 @@ def peers(result: Result) -> str:
         rows += [[contest["title"], shape, name, "", "", "not run", ""] for name in contest["missing"]]
         rows += [[contest["title"], shape, name, "", "", "wrong result", ""] for name in contest["wrong"]]
     return table(
-        ["product", "shape", "peer", "ours, GFLOP/s", "peer, GFLOP/s", "ours is ... times as fast", "wanted"], rows
+        ["what", "shape", "peer", "ours, GFLOP/s", "peer, GFLOP/s", "ours is ... times as fast", "wanted"], rows
     )
 
 
@@ -127,7 +145,13 @@ def aims(result: Result) -> str:
     return table(["figure", "measured", "wanted"], rows)
 
 
-KINDS: dict[str, Callable[[Result], str]] = {"machine": machine, "specs": specs, "peers": peers, "aims": aims}
+KINDS: dict[str, Callable[[Result], str]] = {
+    "machine": machine,
+    "specs": specs,
+    "setting": setting,
+    "peers": peers,
+    "aims": aims,
+}
 
 
 def generate(text: str, results: Path = RESULTS) -> str:

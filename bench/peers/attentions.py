@@ -75,9 +75,21 @@ class Attention:
         WrongResult
             Where they differ by more than rounding explains, or a row is missing.
         """
-        tokens, heads, want, plain = _expected(self, seed)
+        tokens, heads = self.sample(seed)
+        return self.judge(program.order(do="check", tokens=tokens, heads=heads), seed)
+
+    def sample(self, seed: int) -> tuple[list[int], list[int]]:
+        """The tokens, one of each part of the sequence, and the heads that are checked."""
+        rng = np.random.default_rng([seed, 11])
+        edges = np.linspace(0, self.tokens, min(ROWS, self.tokens) + 1).astype(int)
+        tokens = [int(rng.integers(low, high)) for low, high in pairwise(edges)]
+        return tokens, sorted(rng.choice(self.heads, min(HEADS, self.heads), replace=False).tolist())
+
+    def judge(self, parts: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+        """What `verify` says, from the rows of all ranks."""
+        want, plain = _expected(self, seed)
         got = {name: np.full_like(rows, np.nan) for name, rows in want.items()}
-        for part in program.order(do="check", tokens=tokens, heads=heads):
+        for part in parts:
             for name, found in part.items():
                 if found["places"]:
                     got[name][found["places"]] = found["values"]
@@ -98,22 +110,22 @@ def root_mean_square(x: Array, axis: tuple[int, ...] | None = None) -> Array:
 
 
 @lru_cache(maxsize=1)
-def _expected(work: Attention, seed: int) -> tuple[list[int], list[int], dict[str, Array], dict[str, Array]]:
-    """Sampled tokens and heads, their rows (tokens, heads, head_size) in float64, and the errors of plain rows."""
-    rng = np.random.default_rng([seed, 11])
-    edges = np.linspace(0, work.tokens, min(ROWS, work.tokens) + 1).astype(int)
-    tokens = np.array([rng.integers(low, high) for low, high in pairwise(edges)])
-    heads = sorted(rng.choice(work.heads, min(HEADS, work.heads), replace=False).tolist())
+def _expected(work: Attention, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The sampled rows (tokens, heads, head_size) in float64, and the errors of a plain computation of them."""
+    tokens, heads = work.sample(seed)
     case = {**work.sizes, "dtype": work.dtype, "seed": seed}
     arrays = inputs(case, np.arange(work.tokens))
     dtype = operands.dtype_of(work.dtype)
     want, plain = (
-        [sampled_rows(case, {n: x[:, h].astype(kind) for n, x in arrays.items()}, tokens, narrow) for h in heads]
+        [
+            sampled_rows(case, {n: x[:, h].astype(kind) for n, x in arrays.items()}, np.array(tokens), narrow)
+            for h in heads
+        ]
         for kind, narrow in ((np.float64, None), (operands.accumulator_of(dtype), dtype))
     )
     exact = {name: np.stack([rows[name] for rows in want], axis=1) for name in want[0]}
     error = {name: np.stack([rows[name] for rows in plain], axis=1) - exact[name] for name in exact}
-    return tokens.tolist(), heads, exact, error
+    return exact, error
 
 
 def sampled_rows(case: dict[str, Any], head: dict[str, Array], tokens: Array, narrow: Any) -> dict[str, Array]:

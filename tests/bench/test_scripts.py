@@ -18,6 +18,7 @@ import pytest
 from fivedp.kernels.attention import Mask
 from fivedp.layout.sequence import place
 from fivedp.reference import attention_reference
+from mpi_launcher import run_mpi
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 RESULTS = sorted((BENCH / "results").glob("*.json"))
@@ -178,8 +179,9 @@ MASKS = ({}, {"causal": True}, {"window": 9}, {"causal": True, "window": 9}, {"d
 @pytest.mark.parametrize("backward", [False, True])
 def test_sampled_rows_of_attention_are_those_of_the_reference(peers: Any, options: Any, backward: bool) -> None:
     work = attention(64, 12, 3, "float32", backward=backward, **options)
-    tokens, heads, rows, plain = sys.modules["attentions"]._expected(work, 5)
-    assert len(tokens) == len(set(tokens)) == 24
+    tokens, heads = work.sample(5)
+    rows, plain = sys.modules["attentions"]._expected(work, 5)
+    assert len(set(tokens)) == 24
     for name, whole in rows_by_definition(work, 5).items():
         np.testing.assert_allclose(rows[name], whole[tokens][:, heads], rtol=1e-9, atol=1e-12)
         assert 0 < np.abs(plain[name]).max() < 1e-4  # the same rows in float32
@@ -234,3 +236,16 @@ def test_a_wrong_attention_is_named_and_not_timed(peers: Any, monkeypatch: pytes
         arena.close()
     assert record["entries"] == []
     assert "o is off by" in record["wrong"]["fivedp_attention 1x1"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
+def test_long_context_prints_memory_of_all_ranks_and_the_error(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    arguments = ["--tokens", "700", "--head-size", "16", "--dtype", "float32", "--json", str(file)]
+    done = run_mpi(3, BENCH / "long_context.py", args=arguments, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, increase, error = json.loads(file.read_text())["aims"]
+    assert "S700 H2 D16 causal float32 on 3 ranks" in whole["title"]
+    assert 0 < increase["measured"] < whole["measured"] < 2
+    assert 1e9 * whole["measured"] < whole["resident"]  # pages that ranks share were counted once
+    assert 0 < error["measured"] < 4
