@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="ranks x threads")
     parser.add_argument("--rounds", type=int, default=7, help="of every contest (default 7)")
     parser.add_argument("--json", metavar="F", help="write the result, after every contest")
+    parser.add_argument("--add", action="store_true", help="keep the other contests that F holds")
     return parser
 
 
@@ -69,6 +70,10 @@ def main() -> int:
         "machine": machine(),
         "contests": [],
     }
+    if options.add and options.json and Path(options.json).exists():
+        again = {(c.title, c.work.shape) for c in contests}
+        held = json.loads(Path(options.json).read_text())["contests"]
+        result["contests"] = [record for record in held if (record["title"], record.get("shape")) not in again]
     arena = Arena(rounds=options.rounds)
     say([f"{result['machine']['cpu']['model']}, {options.cores} of {result['machine']['cpu']['cores']} cores, "
          f"revision {result['machine']['revision']}, load {result['load']}"])  # fmt: skip
