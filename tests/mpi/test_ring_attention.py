@@ -1,4 +1,4 @@
-"""Ring attention over ranks: values, bits, bytes and errors."""
+"""Ring attention over ranks: bits, bytes, growth of the error, refusals. Drawn cases are in another file."""
 
 from __future__ import annotations
 
@@ -10,35 +10,18 @@ import pytest
 from mpi4py import MPI
 
 import fivedp
+from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
-from mpi_attention import BFLOAT16, LAYOUTS, Case, draw, judge
+from mpi_attention import DTYPES, LAYOUTS, RESULTS, Case, collected, judge
 
 RANKS = (1, 2, 3, 5, 8)
 TIMEOUT = 300
 
 
-def plain(rng: np.random.Generator, length: int, dtype: Any = np.float32, **keywords: Any) -> Case:
-    q, do = (rng.standard_normal((1, length, 4, 16)).astype(dtype) for _ in range(2))
-    k, v = (rng.standard_normal((1, length, 2, 16)).astype(dtype) for _ in range(2))
+def plain(rng: np.random.Generator, length: int, dtype: Any = np.float32, size: int = 16, **keywords: Any) -> Case:
+    q, do = (rng.standard_normal((1, length, 4, size)).astype(dtype) for _ in range(2))
+    k, v = (rng.standard_normal((1, length, 2, size)).astype(dtype) for _ in range(2))
     return Case(q, k, v, do, np.zeros((1, 4, length), np.float64 if dtype == np.float64 else np.float32), keywords)
-
-
-def test_every_option_on_drawn_cases(comm: MPI.Intracomm, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for _ in range(15):
-        case = draw(rng)
-        judge(case, case.run(comm), case.exact())
-
-
-def test_canonical_order_has_the_bits_of_one_rank(comm: MPI.Intracomm, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for _ in range(6):
-        case = draw(rng)
-        several = case.run(comm, order="canonical")
-        alone = case.run(MPI.COMM_SELF, order="canonical", layout="contiguous")
-        judge(case, several, case.exact())
-        for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), several, alone, strict=True):
-            assert x.tobytes() == y.tobytes(), (name, case.keywords, case.q.shape, case.k.shape)
 
 
 def test_two_calls_have_the_same_bits(comm: MPI.Intracomm, seed: int) -> None:
@@ -54,27 +37,9 @@ def test_long_blocks_through_window_and_messages(
     if shared == "messages":
         monkeypatch.setenv("FIVEDP_SHARED", "0")
     apart = comm.Dup()  # a grid of its own, which reads the setting
-    case = plain(np.random.default_rng(seed), 1500, causal=True, layout="zigzag")
-    judge(case, case.run(apart), case.exact())
-
-
-def test_positions_place_tokens_anywhere(comm: MPI.Intracomm, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    length = 97
-    case = plain(rng, length, causal=True, window=30)
-    order = rng.permutation(length)
-    owner = rng.integers(0, comm.size, length)  # uneven, perhaps nothing
-    mine = order[owner == comm.rank]
-    o, lse = fivedp.ring_attention(
-        case.q[:, mine], case.k[:, mine], case.v[:, mine], comm, causal=True, window=30, positions=mine
-    )
-    dq, dk, dv = fivedp.ring_attention_backward(
-        case.do[:, mine], case.q[:, mine], case.k[:, mine], case.v[:, mine], o, lse, comm,
-        causal=True, window=30, positions=mine,
-    )  # fmt: skip
-    whole = case.exact()
-    parts = [whole[0][:, mine], whole[1][..., mine], *(x[:, mine] for x in whole[2:])]
-    judge(case, [o, lse, dq, dk, dv], parts)
+    case = plain(np.random.default_rng(seed), 100 * comm.size, size=64, causal=True, layout="zigzag")
+    assert case.k.nbytes // comm.size >= shared_window.MIN_BYTES
+    judge(case, case.run(apart), apart)
 
 
 def test_blocks_that_nobody_sees_are_not_sent(comm: MPI.Intracomm, seed: int) -> None:
@@ -108,17 +73,19 @@ def test_zigzag_gives_every_rank_equally_much_to_do(comm: MPI.Intracomm) -> None
     assert comm.allgather(visible) == [length * (length + 1) // 2 // comm.size] * comm.size
 
 
-def test_error_does_not_grow_with_the_ranks(comm: MPI.Intracomm, seed: int) -> None:
-    for dtype in (np.float32, BFLOAT16):
-        case = plain(np.random.default_rng(seed), 700, dtype, causal=True)
-        wanted = case.exact()
-
-        def worst(results: list[Any], wanted: list[Any] = wanted) -> list[float]:
-            return [math.sqrt(np.mean((x.astype(np.float64) - y) ** 2)) for x, y in zip(results, wanted, strict=True)]
-
-        alone = worst(case.run(MPI.COMM_SELF))
-        for x, y in zip(worst(case.run(comm)), alone, strict=True):
-            assert x <= 2 * y + 1e-12
+@pytest.mark.parametrize("order", ["ring", "canonical"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_does_not_grow_with_the_ranks(comm: MPI.Intracomm, seed: int, dtype: Any, order: str) -> None:
+    case = plain(np.random.default_rng(seed), 700, dtype, causal=True, order=order)
+    parts = collected(case.run(comm), comm)
+    if parts is None:
+        return
+    alone, several = case.alone(), case.joined(parts)
+    # Float64 is held against itself: its error on one rank is that of the oracle, which is as large.
+    for name, x, y, exact in zip(RESULTS, several, alone, case.exact(), strict=True):
+        errors = [math.sqrt(np.mean((result.astype(np.float64) - exact) ** 2)) for result in (x, y)]
+        print(f"{name}: {errors[0]:.3g} on {comm.size} ranks, {errors[1]:.3g} on one")
+        assert errors[0] <= 2 * errors[1], name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -171,4 +138,4 @@ def test_wrong_arguments_of_one_rank_raise_on_all(comm: MPI.Intracomm) -> None:
         assert len(set(comm.allgather(str(caught.value)))) == 1
     # The communicator is as good as before.
     judge_case = plain(np.random.default_rng(0), 40)
-    judge(judge_case, judge_case.run(comm), judge_case.exact())
+    judge(judge_case, judge_case.run(comm), comm)

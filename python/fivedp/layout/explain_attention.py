@@ -16,7 +16,7 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Price:
-    """Bytes that all ranks send: heads are exchanged in groups of `heads` ranks, keys travel round rings of `ring`."""
+    """Bytes that all ranks send: `heads` neighbouring ranks exchange heads, keys travel round rings of `ring`."""
 
     heads: int
     ring: int

@@ -12,17 +12,19 @@ So it is not nought where the element is nought by chance, and grows where the p
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from kernel_operands import BF16
 
 from fivedp.kernels import attention as kernel
 from fivedp.kernels.attention import Mask
 from fivedp.reference import attention_reference as oracle
 
 Array = Any
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 ULPS = 8  # scale, its product with q, the product, exp2, the sums and the division round once each
 
@@ -199,8 +201,13 @@ def plain_backward(narrow: Case, lse: Array, delta: Array) -> tuple[Array, Array
     return _tokens(d_q), _tokens(d_k, group), _tokens(d_v, group)
 
 
-def sizes(narrow: Case, right: oracle.Attention) -> dict[str, Array]:
-    """The sums of sizes that the bound is relative to, in float64, from what the oracle makes of the case."""
+def sizes(
+    narrow: Case, right: oracle.Attention, d_lse: Array | None = None, *, from_output: bool = False
+) -> dict[str, Array]:
+    """The sums of sizes that the bound is relative to, in float64, from what the oracle makes of the case.
+
+    `from_output` says that delta is made from the output, whose error is then in the gradients.
+    """
     case = Case(*(x.astype(np.float64) for x in (narrow.q, narrow.k, narrow.v, narrow.d_out)), narrow.mask)
     mask, group = case.mask, case.q.shape[2] // case.k.shape[2]
     type_of_sums = np.finfo(kernel.sum_type(narrow.q.dtype))
@@ -219,7 +226,13 @@ def sizes(narrow: Case, right: oracle.Attention) -> dict[str, Array]:
     lse_size = row[..., 0] + np.where(np.isneginf(right.lse), 0, abs(right.lse))
     spread = weights * (logit + lse_size[..., None])  # the error of a weight made from lse
     d_weights = np.matmul(d_out, v.swapaxes(-1, -2))
-    d_logits = abs(mask.scale) * spread * (d_weights + (weights * d_weights).sum(axis=-1, keepdims=True))
+    share = (weights * d_weights).sum(axis=-1, keepdims=True)
+    if d_lse is not None:
+        share = share + abs(d_lse.astype(np.float64))[..., None]
+    d_logits = spread * (d_weights + share)
+    if from_output:
+        d_logits = d_logits + weights * (weights * (logit + row) * d_weights).sum(axis=-1, keepdims=True)
+    d_logits = abs(mask.scale) * d_logits
     return {
         "out": _tokens(np.matmul(weights * (logit + row), v)),
         "lse": lse_size,
@@ -266,3 +279,35 @@ def check_values(case: Case, borders: list[int] | None = None) -> None:
     results, usuals = backward(case, lse, delta, k_borders=borders), plain_backward(case, lse, delta)
     for name, found_d, usual_d, right_d in zip(("d_q", "d_k", "d_v"), results, usuals, rights, strict=True):
         assert_as_exact(name, found_d, usual_d, right_d, size[name], allowance)
+
+
+def check_step(
+    case: Case,
+    found: Sequence[Array],
+    d_lse: Array,
+    rows: Array | None = None,
+    keys: Array | None = None,
+    roundings: int = 0,
+) -> None:
+    """Output and lse, and the three gradients where there are any, the backward made from its own output.
+
+    `rows` and `keys` choose the queries and the keys that are judged, all of them by default; `roundings` is how many
+    more sums an element is made of than in one computation of the whole.
+    """
+    right = oracle.attention(case.q, case.k, case.v, case.mask)
+    size = sizes(case, right, d_lse, from_output=True)
+    to = kernel.sum_type(case.q.dtype)
+    plain, rights = list(plain_forward(case)), [right.out, right.lse]
+    if len(found) > 2:
+        delta = (case.d_out.astype(to) * plain[0].astype(to)).sum(axis=-1).transpose(0, 2, 1) - d_lse.astype(to)
+        plain += [d.astype(case.q.dtype) for d in plain_backward(case, plain[1], delta)]
+        rights += oracle.attention_backward(case.d_out, case.q, case.k, case.v, case.mask, d_lse)
+    allowance = (ULPS + roundings) * (2.0**-24 if to == np.float32 else 2 * 2.0**-53)
+    # The output in 16 bits is rounded once; a gradient itself, and by way of the output that delta is made of.
+    narrow = {"out": 1, "lse": 0, "d_q": 2, "d_k": 2, "d_v": 2}
+    for (name, times), x, usual, exact in zip(narrow.items(), found, plain, rights, strict=False):
+        chosen = keys if name in ("d_k", "d_v") else rows
+        axis = 2 if name == "lse" else 1
+        parts = [y if chosen is None else np.compress(chosen, y, axis=axis) for y in (x, usual, exact, size[name])]
+        assert x.dtype == (to if name == "lse" else case.q.dtype), name
+        assert_as_exact(name, *parts, allowance + (times * 2.0**-9 if case.q.dtype == BF16 else 0.0))
