@@ -105,29 +105,30 @@ def setting(result: Result) -> str:
 
 
 def peers(result: Result) -> str:
-    """One line per contest and peer, with the aim where there is one."""
+    """One line per contest and peer, with the aim where there is one, and the errors where they were measured."""
     rows = []
+    names = ["what", "shape", "peer", "ours, GFLOP/s", "peer, GFLOP/s", "ours is ... times as fast", "wanted"]
+    entries = [entry for contest in result["contests"] for entry in contest["entries"]]
+    if errors := any("error_over_plain" in entry for entry in entries):
+        names.append("error over plain: ours, peer")
     for contest in result["contests"]:
-        ours, *others = contest["entries"] or [None]
-        if ours is None:
-            continue
         sizes = contest["sizes"]
         shape = contest.get("shape") or f"{sizes['m']}x{sizes['n']}x{sizes['k']}"
+        ours, *others = contest["entries"] or [None]
         for entry in others:
             if "ratio" not in entry:
                 continue
             low, high = entry["spread"]
             aim = entry["wanted"]
             verdict = "" if aim is None else f"{aim:.2f}: " + ("reached" if entry["ratio"] >= aim else "**short**")
-            rows.append([
-                contest["title"], shape, entry["entry"], f"{ours['gflops']:.0f}", f"{entry['gflops']:.0f}",
-                f"**{entry['ratio']:.2f}** ({low:.2f}-{high:.2f})", verdict,
-            ])  # fmt: skip
-        rows += [[contest["title"], shape, name, "", "", "not run", ""] for name in contest["missing"]]
-        rows += [[contest["title"], shape, name, "", "", "wrong result", ""] for name in contest["wrong"]]
-    return table(
-        ["what", "shape", "peer", "ours, GFLOP/s", "peer, GFLOP/s", "ours is ... times as fast", "wanted"], rows
-    )
+            row = [contest["title"], shape, entry["entry"], f"{ours['gflops']:.0f}", f"{entry['gflops']:.0f}",
+                   f"**{entry['ratio']:.2f}** ({low:.2f}-{high:.2f})", verdict]  # fmt: skip
+            if errors:
+                row.append(f"{ours['error_over_plain']:.2g}, {entry['error_over_plain']:.2g}")
+            rows.append(row)
+        for names_of, what in ((contest["missing"], "not run"), (contest["wrong"], "wrong result")):
+            rows += [[contest["title"], shape, name, "", "", what, *[""] * (len(names) - 6)] for name in names_of]
+    return table(names, rows)
 
 
 def aims(result: Result) -> str:
