@@ -32,6 +32,25 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+# A rank whose gradient of k is wrong in one element, and a price that is a byte too high for the forward.
+SPOILED_ATTENTION = """
+import sys
+import fivedp
+right = fivedp.ring_attention_backward
+def wrong(*arrays, **keywords):
+    dq, dk, dv = right(*arrays, **keywords)
+    if dk.size:
+        dk.reshape(-1)[-1] += 16
+    return dq, dk, dv
+fivedp.ring_attention_backward = wrong
+import fivedp.bench.trials.attention as trials
+honest = trials.priced
+trials.priced = lambda case, ranks: (honest(case, ranks)[0] + (not case.backward), honest(case, ranks)[1])
+from fivedp.bench.program import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def bench(ranks: int, *words: str, env: Mapping[str, str | None] | None = None) -> Finished:
     return start([sys.executable, "-m", "fivedp.bench", *words], ranks, timeout=120, env=env)
 
@@ -75,6 +94,40 @@ def test_a_wrong_product_is_marked_and_ends_with_status_1() -> None:
     assert done.returncode != 0
     assert "WRONG" in done.stdout, done.output
     assert "1 measured, 0 not run, 1 WRONG" in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_every_way_to_share_a_sequence_runs_checks_out_and_is_written(ranks: int, tmp_path: Path) -> None:
+    table, sheet = tmp_path / "r.json", tmp_path / "r.csv"
+    masks = ("--mask", "causal", "--mask", "documents", "--documents", "3")
+    done = bench(ranks, "attention", "--shape", "1x61x4x2x16", *masks, "--seconds", "0.02", "--repeats", "2",
+                 "--dtype", "bf16", "--json", str(table), "--csv", str(sheet))  # fmt: skip
+    assert done.returncode == 0, done.output
+    result = json.loads(table.read_text())
+    rows = [row for row in result["rows"] if not row.get("skipped")]
+    assert {row["strategy"] for row in rows} == {"ring", "Ulysses", "decode"} | ({"hybrid"} if ranks == 4 else set())
+    for row in rows:
+        assert row["bytes"]["counted"] == row["bytes"]["planned"] >= row["bytes"]["bound"], row
+        assert row["balance"] >= 1
+        assert len(row["pairs"]) == ranks
+        assert set(row["errors"]) == ({"dq", "dk", "dv"} if row["backward"] else {"o", "lse"})
+        if row["order"] == "canonical":
+            assert row["canonical_price"]["ratio"] > 0
+            assert row["same_bits"] is (True if row["mask"] == "causal" else None)
+    assert done.stdout.count("times the time of order ring") == 4
+    assert "all right" in done.stdout
+    with sheet.open() as file:
+        assert len(list(csv.DictReader(file))) == len(result["rows"])
+
+
+def test_a_wrong_gradient_and_a_wrong_price_of_attention_end_with_status_1() -> None:
+    words = ("attention", "--shape", "1x40x2x2x8", "--way", "ring", "--layout", "zigzag", "--order", "ring",
+             "--dtype", "f32", "--seconds", "0.01")  # fmt: skip
+    done = run_mpi(2, SPOILED_ATTENTION, args=words, timeout=120)
+    assert done.returncode != 0
+    assert "2 measured, 0 not run, 2 WRONG" in done.stdout, done.output
+    sent = 2 * 20 * 2 * 2 * 8 * 4  # both ranks send 20 tokens of k and v, 2 heads of 8 elements
+    assert f"sent {sent} bytes where {sent + 1} were planned" in done.stdout, done.output
 
 
 def test_gradients_are_timed_and_checked() -> None:
@@ -128,6 +181,9 @@ def test_help_names_every_strategy_and_layer() -> None:
     assert done.returncode == 0, done.stderr
     for word in (
         "gemm",
+        "attention",
+        "mixtral-8x7b",
+        "--layout",
         "--full",
         "--json",
         "--csv",

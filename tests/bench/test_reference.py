@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fivedp.kernels.attention import Mask
 from fivedp.reference import NAMES, open_reference
 
 
@@ -56,6 +57,27 @@ def test_gradients_are_those_of_finite_differences(
             assert gradient[place] == pytest.approx((more - less) / 2, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (True, 7), (False, 7)])
+@pytest.mark.parametrize("queries", [40, 3])
+def test_attention_of_torch_is_that_of_the_oracle(
+    documents: int, causal: bool, window: int, queries: int, draw: np.random.Generator
+) -> None:
+    """Also where torch is told a flag instead of a matrix, and where queries are the last tokens only."""
+    torch, oracle = reference("torch"), reference("float64")
+    position = np.arange(40, dtype=np.int32)
+    document = (position * documents // 40).astype(np.int32)
+    mask = Mask(position[-queries:], position, document[-queries:], document, 0.3, causal, window)
+    if documents == 1:
+        mask = Mask(position[-queries:], position, scale=0.3, causal=causal, window=window)
+    q, do = draw.normal(size=(2, 2, queries, 4, 8))
+    k, v = draw.normal(size=(2, 2, 40, 2, 8))
+    np.testing.assert_allclose(torch.attention(q, k, v, mask), oracle.attention(q, k, v, mask), atol=1e-12)
+    theirs, ours = (x.attention_backward(do, q, k, v, mask)() for x in (torch, oracle))
+    for one, other in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
 def test_float64_does_not_round_its_inputs_to_their_type(draw: np.random.Generator) -> None:
     a, b = (draw.normal(size=(40, 40)).astype(ml_dtypes.bfloat16) for _ in range(2))
     exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
@@ -78,3 +100,4 @@ def test_an_unknown_reference_is_named_with_those_that_exist() -> None:
 def test_types_without_a_fast_product_are_not_offered() -> None:
     assert not open_reference("numpy").supports("bfloat16")
     assert open_reference("float64").supports("bfloat16")
+    assert not open_reference("numpy").supports("float32", "attention")

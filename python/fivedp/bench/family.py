@@ -151,8 +151,10 @@ class Family:
         As the command line says it, and as rows name it under "kernel".
     known : mapping
         What `--help` lists, by heading.
+    own_options : tuple of str
+        Options that no other family has, by their names in Python.
     add_options : callable
-        Adds the options that no other family has.
+        Adds them.
     select : callable
         The cases that the command line asks for; ValueError where it asks for what this family does not have.
     quick_seconds : float
@@ -161,6 +163,7 @@ class Family:
 
     name: str
     known: Mapping[str, tuple[str, ...]]
+    own_options: tuple[str, ...]
     add_options: Callable[[argparse._ArgumentGroup], None]
     select: Callable[[argparse.Namespace], list[Any]]
     table: Table

@@ -121,12 +121,13 @@ def choose(options: argparse.Namespace) -> Chosen:
     ValueError
         Where the kernel named does not have what the options ask for, or, where none is named, no kernel does.
     """
-    if options.kernel:
-        family = FAMILIES[options.kernel]
-        return [(family, family.select(options))]
+    wanted = [FAMILIES[options.kernel]] if options.kernel else list(FAMILIES.values())
     chosen, complaints = [], []
-    for family in FAMILIES.values():
+    for family in wanted:
         try:
+            for other in FAMILIES.values():
+                if other is not family and (given := [x for x in other.own_options if getattr(options, x)]):
+                    raise ValueError(f"--{given[0]} belongs to {other.name}, not to {family.name}")
             chosen.append((family, family.select(options)))
         except ValueError as error:
             complaints.append(str(error))

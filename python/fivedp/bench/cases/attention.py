@@ -202,10 +202,10 @@ def quick(dtypes: list[str], more: list[str]) -> list[Case]:
     cases += [_of("gpt2", zigzag, first, tokens, FULL)]
     cases += [_of("llama3-8b", zigzag, dtype, tokens, CAUSAL) for dtype in dtypes]
     cases += [_of("llama3-8b", contiguous, first, 2 * tokens, Mask(causal=True, documents=16))]
-    cases += [_of("mixtral-8x7b", contiguous, first, 2 * tokens, Mask(causal=True, window=256))]
+    cases += [_of("mixtral-8x7b", contiguous, first, tokens, Mask(causal=True, window=tokens // 8))]
     both = [x for case in cases for x in _both(case)]
     both += [_of("llama3-8b", DECODE, dtype, 8 * tokens, CAUSAL) for dtype in dtypes]
-    return both + [_of("long", zigzag, first, 8 * tokens, CAUSAL)]
+    return both + [_of("long", zigzag, first, 4 * tokens, CAUSAL)]
 
 
 def full(dtypes: list[str], tokens: int, window: int | None, documents: int | None) -> list[Case]:
@@ -254,8 +254,6 @@ def given(text: str, strategies: list[Strategy], dtypes: list[str], options: Any
 
 def select(options: Any) -> list[Case]:
     """The cases that the command line asks for."""
-    if options.spec:
-        raise ValueError("--spec belongs to gemm; attention has --way, --layout and --order")
     if options.order and options.order not in ORDERS:
         raise ValueError(f"--order {options.order} is not one of attention, which has {', '.join(ORDERS)}")
     if options.reference == "numpy" and options.kernel == "attention":
@@ -334,9 +332,9 @@ def _heading(row: Row) -> tuple[str, str]:
 
 TABLE = Table(
     columns=(
-        Column("way", 17, left=True), Column("type", 4, left=True), Column("pass", 8, left=True),
+        Column("way", 16, left=True), Column("type", 4, left=True), Column("pass", 8, left=True),
         *report.RATE_COLUMNS, Column("sent/rank", 9), Column("price", 7), Column("least", 7), Column("error", 7),
-        Column("plain", 7), Column("memory", 7), Column("S x S", 7), Column("load", 5),
+        Column("plain", 7), Column("memory", 7), Column("S x S", 7), Column("load", 4),
     ),
     group=lambda row: (row["label"], row["mask"], tuple(row["sizes"].values())),
     heading=_heading,
@@ -347,6 +345,7 @@ TABLE = Table(
 FAMILY = Family(
     name="attention",
     known={"models": (*MODELS, "or BxSxHxH_kvxD")},
+    own_options=("way", "layout", "mask", "window", "documents"),
     add_options=add_options,
     select=select,
     table=TABLE,

@@ -341,6 +341,7 @@ TABLE = Table(
 FAMILY = Family(
     name="gemm",
     known={"strategies": tuple(s.key for s in STRATEGIES), "layers": tuple(LAYERS)},
+    own_options=("spec",),
     add_options=add_options,
     select=select,
     table=TABLE,

@@ -25,11 +25,11 @@ from fivedp.layout.explain_attention import attention_prices
 from fivedp.layout.sequence import HeadCut
 
 Array = NDArray[Any]
-CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
-    "ring": (fivedp.ring_attention, fivedp.ring_attention_backward),
-    "Ulysses": (fivedp.ulysses_attention, fivedp.ulysses_attention_backward),
-    "hybrid": (fivedp.hybrid_attention, fivedp.hybrid_attention_backward),
-    "decode": (fivedp.decode_attention, None),
+OPERATIONS = {
+    "ring": "ring_attention",
+    "Ulysses": "ulysses_attention",
+    "hybrid": "hybrid_attention",
+    "decode": "decode_attention",
 }
 
 
@@ -69,14 +69,14 @@ class Attention:
         return keywords
 
     def _forward(self, order: str) -> tuple[Array, Array]:
-        o, lse = CALLS[self.case.strategy.way][0](self.q, self.k, self.v, self.grid.mesh, **self._keywords(order))
+        operation = getattr(fivedp, OPERATIONS[self.case.strategy.way])
+        o, lse = operation(self.q, self.k, self.v, self.grid.mesh, **self._keywords(order))
         return o, lse
 
     def _call(self, order: str) -> tuple[Array, ...]:
         if not self.case.backward:
             return self._forward(order)
-        backward = CALLS[self.case.strategy.way][1]
-        assert backward is not None
+        backward = getattr(fivedp, OPERATIONS[self.case.strategy.way] + "_backward")
         gradients: tuple[Array, ...] = backward(
             self.do, self.q, self.k, self.v, self.o, self.lse, self.grid.mesh, **self._keywords(order)
         )
