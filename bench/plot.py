@@ -1,6 +1,6 @@
 """Pictures of results, drawn from their files only.
 
-python bench/plot.py share result.json --out share.svg        share of the measured peak, by spec and type
+python bench/plot.py share result.json --out share.svg        share of the measured peak, by spec or way, and type
 python bench/plot.py bytes result.json --out bytes.svg        bytes sent beside the least, by spec
 python bench/plot.py ranks r1.json r2.json --out ranks.svg    speed of each spec against the number of ranks
 python bench/plot.py peers peers.json --out peers.svg         how many times as fast as each peer, with the spread
@@ -30,9 +30,12 @@ COLOURS = {
 
 
 def measured(result: Result, label: str = "square") -> list[dict[str, Any]]:
-    """The forward rows with `label` that ran and were right."""
-    rows = result["rows"]
-    return [r for r in rows if not r.get("skipped") and not r["wrong"] and r["label"] == label and not r["backward"]]
+    """The forward rows that ran and were right: products with `label`, or attentions where no product was measured."""
+    rows = [r for r in result["rows"] if not r.get("skipped") and not r["wrong"] and not r["backward"]]
+    products = [r for r in rows if r["kernel"] == "gemm"]
+    if products or not rows:
+        return [r for r in products if r["label"] == label]
+    return [r | {"known_as": f"{r['label']}, {r['mask']}: {r['known_as']}"} for r in rows]
 
 
 def largest(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:

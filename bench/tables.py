@@ -63,11 +63,11 @@ def machine(result: Result) -> str:
 
 
 def specs(result: Result) -> str:
-    """One line per row of the benchmark."""
+    """One line per product of the benchmark."""
     count = result["machine"]["ranks"]
     rows = []
     for r in result["rows"]:
-        if r.get("skipped"):
+        if r.get("skipped") or r["kernel"] != "gemm":
             continue
         sent = r["bytes"]
         least = "equal" if sent["counted"] == sent["bound"] else megabytes(sent["bound"] / count)
@@ -83,6 +83,31 @@ def specs(result: Result) -> str:
         ])  # fmt: skip
     names = ["strategy", "product", "shape", "type", "schedule: moves", "time", "GFLOP/s", "of peak", "sent by a rank",
              "least", "error", "memory", "bits of one rank"]  # fmt: skip
+    return table(names, rows)
+
+
+def attention(result: Result) -> str:
+    """One line per attention of the benchmark."""
+    count = result["machine"]["ranks"]
+    rows = []
+    for r in result["rows"]:
+        if r.get("skipped") or r["kernel"] != "attention":
+            continue
+        sent, sizes, memory, price = r["bytes"], r["sizes"], r["memory"], r.get("canonical_price")
+        rows.append([
+            r["label"], f"{sizes['queries']} x {sizes['keys']}", f"{sizes['heads']}/{sizes['kv_heads']} x {sizes['size']}",
+            r["mask"], r["known_as"], NUMBERS[r["dtype"]], "backward" if r["backward"] else "forward",
+            milliseconds(r["seconds"]), f"{r['gflops']:.1f}", f"{100 * r['share_of_peak']:.0f}%",
+            megabytes(sent["counted"] / count),
+            "equal" if sent["counted"] == sent["bound"] else megabytes(sent["bound"] / count),
+            f"{r['error']:.1e}" if not r["wrong"] else "WRONG", f"{r['honest_error']:.1e}",
+            "?" if memory["peak"] is None else megabytes(memory["peak"]), megabytes(memory["not_stored"]),
+            f"{r['balance']:.2f}",
+            "" if price is None else f"{price['ratio']:.2f} ({price['spread'][0]:.2f}-{price['spread'][1]:.2f})",
+        ])  # fmt: skip
+    names = ["model", "queries x keys", "heads/key heads x size", "mask", "way", "type", "pass", "time", "GFLOP/s",
+             "of peak", "sent by a rank", "least", "error", "plain", "memory", "S x S not stored", "load",
+             "canonical over ring"]  # fmt: skip
     return table(names, rows)
 
 
@@ -149,6 +174,7 @@ def aims(result: Result) -> str:
 KINDS: dict[str, Callable[[Result], str]] = {
     "machine": machine,
     "specs": specs,
+    "attention": attention,
     "setting": setting,
     "peers": peers,
     "aims": aims,
