@@ -95,7 +95,8 @@ def attention(result: Result) -> str:
             continue
         sent, sizes, memory, price = r["bytes"], r["sizes"], r["memory"], r.get("canonical_price")
         rows.append([
-            r["label"], f"{sizes['queries']} x {sizes['keys']}", f"{sizes['heads']}/{sizes['kv_heads']} x {sizes['size']}",
+            r["label"], f"{sizes['queries']} x {sizes['keys']}",
+            f"{sizes['heads']}/{sizes['kv_heads']} x {sizes['size']}",
             r["mask"], r["known_as"], NUMBERS[r["dtype"]], "backward" if r["backward"] else "forward",
             milliseconds(r["seconds"]), f"{r['gflops']:.1f}", f"{100 * r['share_of_peak']:.0f}%",
             megabytes(sent["counted"] / count),
