@@ -114,13 +114,15 @@ def attention(result: Result) -> str:
 
 def setting(result: Result) -> str:
     """The machine of a contest, and the versions that its programs told."""
-    m = result["machine"]
-    facts = {e["program"]: e["facts"] for contest in result["contests"] for e in contest["entries"]}
+    m, contests = result["machine"], result["contests"]
+    facts = {e["program"]: e["facts"] for contest in contests for e in contest["entries"]}
     ours = facts.get("fivedp_attention") or facts.get("fivedp") or {}
     torch = next((f for f in facts.values() if "torch" in f), None)
-    busy = f"; load {result['load']} before the start: other programs ran" * (result["load"] > 0.5 * result["cores"])
+    loads = [contest["load"] for contest in contests]
+    busy = f"; load {min(loads)} to {max(loads)}: other programs ran" * (max(loads) > 1.5 * result["cores"])
+    revisions = dict.fromkeys(contest["revision"] or "installed wheel" for contest in contests)
     rows = [
-        ["date, revision", f"{result['when']}, {m['revision'] or 'installed wheel'}"],
+        ["date, revision", ", ".join([result["when"], *revisions])],
         ["CPU", f"{m['cpu']['model']}, {result['cores']} cores; flags {' '.join(m['cpu']['flags'])}{busy}"],
     ]
     if "mpi" in ours:

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", action="append", choices=NAMES, help="which contests (default quick); repeatable")
-    parser.add_argument("--only", help="keep contests whose title contains this")
+    parser.add_argument("--only", help="keep contests whose title and shape contain this")
     parser.add_argument("--without", action="append", default=[], help="leave a program out; repeatable")
     parser.add_argument("--size", type=int, default=4096, help="of the squares, tokens of attention (default 4096)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="ranks x threads")
@@ -60,7 +60,7 @@ def main() -> int:
     """Hold the contests; the exit status is 1 where our own result was wrong or could not run."""
     options = parser().parse_args()
     contests = [c for name in options.suite or ["quick"] for c in suite(name, options.cores, options.size)]
-    contests = [leave_out(c, options.without) for c in contests if options.only is None or options.only in c.title]
+    contests = [leave_out(c, options.without) for c in contests if (options.only or "") in f"{c.title} {c.work.shape}"]
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "fivedp.bench.peers",
@@ -80,7 +80,8 @@ def main() -> int:
     failed = False
     try:
         for contest in contests:
-            record = arena.hold(contest, secrets.randbelow(2**31))
+            record = {"load": round(os.getloadavg()[0], 1), "revision": result["machine"]["revision"]}
+            record |= arena.hold(contest, secrets.randbelow(2**31))
             result["contests"].append(record)
             say(table(record))
             failed |= contest.entries[0].text in (*record["missing"], *record["wrong"])

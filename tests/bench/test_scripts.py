@@ -93,6 +93,7 @@ def test_pictures_are_drawn_from_results(tmp_path: Path) -> None:
             figure = plot.KINDS[kind]([result])
             figure.savefig(tmp_path / "x.svg")
             assert (tmp_path / "x.svg").stat().st_size > 1000
+            plot.plt.close(figure)
             drawn += 1
     assert drawn or not RESULTS
 
