@@ -6,7 +6,8 @@
 //             for each key tile that the mask leaves something of:
 //                 weights = 2^(K q^T - log_sum)                (keys, lanes)
 //                 d_logits = weights * (V d_out^T - delta)     (keys, lanes)
-//                 d_v += weights d_out,  d_k += d_logits q,  d_q += d_logits^T K
+//                 d_v += weights d_out,  d_k += d_logits q             (keys, features), register tiles of keys and columns
+//                 d_q += K^T d_logits                                  (features, lanes)
 //
 // FLOPs: 2 (3 size + 2 v_size) a visible pair and head. d_q, d_k and d_v are sums of the type of sums and are added to,
 // keys in rising order for d_q, queries in rising order for d_k and d_v: an element's sum is one chain, however the
@@ -14,11 +15,13 @@
 
 template <class T>
 struct BackwardScratch {
-    std::int64_t rows, tiles, row_length, v_row_length;
-    T *queries, *gradients;         // transposed: (tiles, size, lanes)
-    T *query_rows, *gradient_rows;  // (tiles * lanes, row_length)
-    T *d_queries, *log_sum, *delta;
-    T *keys, *key_panels, *value_rows, *value_panels, *d_keys, *d_values, *weights, *d_logits, *staged;
+    std::int64_t rows, tiles;
+    // Of the range, tile by tile: (size, lanes), columns of rows, and a number for each lane.
+    T *queries, *gradients, *d_queries, *query_columns, *gradient_columns, *log_sum, *delta;
+    // Of a block, key tile by key tile: panels of keys and of features, and columns of rows.
+    T *key_panels, *key_feature_panels, *value_panels, *d_keys, *d_values;
+    T *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels, lanes and columns
+    T *weights, *d_logits;
     QueryTile<T>* tile;
     KeyBlock<T>* block;
     std::int64_t bytes;
@@ -28,27 +31,27 @@ template <class T>
 FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& problem, std::int64_t rows, char* scratch) {
     BackwardScratch<T> s;
     char* at = scratch;
+    const std::int64_t row_length = staged_length<T>(problem);
     s.rows = rows;
     s.tiles = (rows + lane_count<T> - 1) / lane_count<T>;
     const std::int64_t all = s.tiles * lane_count<T>;
-    s.row_length = padded<T>(problem.size);
-    s.v_row_length = padded<T>(problem.v_size);
     s.queries = take<T>(at, all * problem.size);
     s.gradients = take<T>(at, all * problem.v_size);
-    s.query_rows = take<T>(at, all * s.row_length);
-    s.gradient_rows = take<T>(at, all * s.v_row_length);
-    s.d_queries = take<T>(at, all * s.row_length);
+    s.d_queries = take<T>(at, all * problem.size);
+    s.query_columns = take<T>(at, all * column_size<T>(problem.size));
+    s.gradient_columns = take<T>(at, all * column_size<T>(problem.v_size));
     s.log_sum = take<T>(at, all);
     s.delta = take<T>(at, all);
-    s.keys = take<T>(at, key_block * s.row_length);
-    s.key_panels = take<T>(at, panel_room(problem.size));
-    s.value_rows = take<T>(at, key_block * problem.v_size);
-    s.value_panels = take<T>(at, panel_room(problem.v_size));
-    s.d_keys = take<T>(at, key_block * s.row_length);
-    s.d_values = take<T>(at, key_block * s.v_row_length);
+    s.key_panels = take<T>(at, 4 * key_panels_size<T>(problem.size) + slack<T>);
+    s.key_feature_panels = take<T>(at, 4 * feature_panels_size<T>(problem.size) + slack<T>);
+    s.value_panels = take<T>(at, 4 * key_panels_size<T>(problem.v_size) + slack<T>);
+    s.d_keys = take<T>(at, key_block * column_size<T>(problem.size));
+    s.d_values = take<T>(at, key_block * column_size<T>(problem.v_size));
+    s.rows_of_keys = take<T>(at, key_tile * row_length + slack<T>);
+    s.rows_of_lanes = take<T>(at, lane_count<T> * row_length);
+    s.transposed = take<T>(at, row_length * transposed_width + slack<T>);
     s.weights = take<T>(at, key_tile * lane_count<T>);
     s.d_logits = take<T>(at, key_tile * lane_count<T>);
-    s.staged = take<T>(at, lane_count<T> * (problem.size > problem.v_size ? problem.size : problem.v_size));
     s.tile = take<QueryTile<T>>(at, s.tiles);
     s.block = take<KeyBlock<T>>(at, 1);
     s.bytes = at - scratch;
@@ -58,20 +61,20 @@ FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& proble
 template <class T>
 FIVEDP_NOINLINE std::int64_t attention_backward_bytes(const AttentionProblem& problem) {
     const std::int64_t group = problem.heads / problem.kv_heads;
-    return backward_scratch<T>(problem, attention_rows_per_chunk + group, nullptr).bytes;
+    return backward_scratch<T>(problem, attention_rows_per_chunk + lane_count<T> + group, nullptr).bytes;
 }
 
 // weights (in place of the logits) and d_logits (in place of V d_out^T), of a key tile; masked pairs are 0 in both.
 template <class T>
 FIVEDP_INLINE void unweigh(const AttentionProblem& problem, const QueryTile<T>& tile, const KeyBlock<T>& block,
-                           std::int64_t begin, std::int64_t count, Sight seen, T* logits, T* d_weights,
-                           const T* log_sum, const T* delta) {
+                           std::int64_t first, KeyRange keys, Sight seen, T* logits, T* d_weights, const T* log_sum,
+                           const T* delta) {
     using V = Vec<T>;
     const bool plain = problem.softcap == 0 && problem.slopes == nullptr;
     const V scale = broadcast<T>((T)problem.scale);
-    for (int v = 0; v < tile_vectors; ++v) {
+    for (int v = 0; v < tile.vectors; ++v) {
         const V sum = load<V>(log_sum + v * lanes<T>), share = load<V>(delta + v * lanes<T>);
-        for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t j = keys.begin; j < keys.end; ++j) {
             T* const at = logits + j * lane_count<T> + v * lanes<T>;
             T* const d_at = d_weights + j * lane_count<T> + v * lanes<T>;
             V x = load<V>(at), slope = scale;
@@ -81,13 +84,13 @@ FIVEDP_INLINE void unweigh(const AttentionProblem& problem, const QueryTile<T>& 
                     const V bent = tanh_of<T>(x / cap);
                     slope = scale * (broadcast<T>(T(1)) - bent * bent);
                 }
-                x = finish_logit<T>(problem, tile, v, x, block.position[begin + j]);
+                x = finish_logit<T>(problem, tile, v, x, block.position[first + j]);
             }
             V weight = exp2<T>(x - sum);
             V d_logit = weight * (load<V>(d_at) - share) * slope;
             if (seen == Sight::some) {
                 const Vec<IndexOf<T>> mask =
-                    visible<T>(problem, tile, v, block.position[begin + j], block.document[begin + j]);
+                    visible<T>(problem, tile, v, block.position[first + j], block.document[first + j]);
                 weight = mask ? weight : V{};
                 d_logit = mask ? d_logit : V{};
             }
@@ -97,59 +100,82 @@ FIVEDP_INLINE void unweigh(const AttentionProblem& problem, const QueryTile<T>& 
     }
 }
 
+// Where the gradient of a key or value is.
+template <class T>
+FIVEDP_INLINE T* gradient_row(const AttentionProblem& problem, const AttentionRange& range, void* d, std::int64_t key,
+                              std::int64_t size) {
+    return (T*)d + ((range.batch * problem.n_keys + key) * problem.kv_heads + range.kv_head) * size;
+}
+
+// The panels of a block's keys and values, and the sums of their gradients so far.
+template <class T>
+FIVEDP_INLINE void pack_block(const AttentionProblem& problem, const AttentionRange& range, std::int64_t first,
+                              std::int64_t row_length, const BackwardScratch<T>& s) {
+    const std::int64_t size = problem.size, v_size = problem.v_size;
+    for (std::int64_t begin = 0; begin < s.block->count; begin += key_tile) {
+        const std::int64_t k = begin / key_tile, left = s.block->count - begin;
+        const std::int64_t count = left < key_tile ? left : key_tile;
+        stage_rows<T>(problem, problem.k, range.batch, range.kv_head, first + begin, count, size, s.rows_of_keys,
+                      row_length);
+        s.block->finite[k] = !has_nonfinite(s.rows_of_keys, count, size, row_length);
+        panels_of_features<T>(s.rows_of_keys, row_length, count, size,
+                              s.key_feature_panels + k * feature_panels_size<T>(size));
+        panels_of_keys<T>(problem, problem.k, range.batch, range.kv_head, first + begin, count, size, s.transposed,
+                          s.key_panels + k * key_panels_size<T>(size));
+        panels_of_keys<T>(problem, problem.v, range.batch, range.kv_head, first + begin, count, v_size, s.transposed,
+                          s.value_panels + k * key_panels_size<T>(v_size));
+        for (std::int64_t j = 0; j < count; ++j) {
+            to_columns<T>(gradient_row<T>(problem, range, problem.d_k, first + begin + j, size), j, size, key_tile,
+                          s.d_keys + k * key_tile * column_size<T>(size));
+            to_columns<T>(gradient_row<T>(problem, range, problem.d_v, first + begin + j, v_size), j, v_size, key_tile,
+                          s.d_values + k * key_tile * column_size<T>(v_size));
+        }
+    }
+}
+
 template <class T>
 FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const AttentionRange& range, char* scratch) {
     const std::int64_t group = problem.heads / problem.kv_heads;
     const std::int64_t rows = group * (range.query_end - range.query_begin);
+    const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length<T>(problem);
+    const std::int64_t columns = column_size<T>(size), v_columns = column_size<T>(v_size);
     const BackwardScratch<T> s = backward_scratch<T>(problem, rows, scratch);
+    const TokenView d_q = sums_view<T>(problem, problem.d_q, size);
     const T* const all_log_sum = (const T*)problem.log_sum;
     const T* const all_delta = (const T*)problem.delta;
-    T* const all_d_q = (T*)problem.d_q;
-    const auto flat = [&](const RowAt& at) {
-        return (range.batch * problem.heads + at.head) * problem.n_queries + at.query;
-    };
-    const auto d_q_row = [&](const RowAt& at) {
-        return all_d_q + ((range.batch * problem.n_queries + at.query) * problem.heads + at.head) * problem.size;
-    };
 
     for (std::int64_t t = 0; t < s.tiles; ++t) {
         const std::int64_t first = t * lane_count<T>, left = rows - first;
         const std::int64_t in_tile = left < lane_count<T> ? left : lane_count<T>;
-        describe_tile<T>(problem, range, first, in_tile, s.tile[t]);
-        pack_queries<T>(problem, problem.q, problem.size, range, first, in_tile, (T)(problem.scale * log2_of_e),
-                        s.staged, s.queries + first * problem.size);
-        for (std::int64_t lane = 0; lane < lane_count<T>; ++lane) {
-            T* const to = s.query_rows + (first + lane) * s.row_length;
-            for (std::int64_t i = 0; i < s.row_length; ++i)
-                to[i] = lane < in_tile && i < problem.size ? s.staged[lane * problem.size + i] : T(0);
-        }
-        pack_queries<T>(problem, problem.d_out, problem.v_size, range, first, in_tile, T(1), s.staged,
-                        s.gradients + first * problem.v_size);
-        for (std::int64_t lane = 0; lane < lane_count<T>; ++lane) {
-            const std::int64_t row = first + lane;
-            T* const to = s.gradient_rows + row * s.v_row_length;
-            for (std::int64_t i = 0; i < s.v_row_length; ++i)
-                to[i] = lane < in_tile && i < problem.v_size ? s.staged[lane * problem.v_size + i] : T(0);
-            T* const d_to = s.d_queries + row * s.row_length;
-            for (std::int64_t i = 0; i < s.row_length; ++i) d_to[i] = 0;
+        QueryTile<T>& tile = s.tile[t];
+        describe_tile<T>(problem, range, first, in_tile, tile);
+        to_lanes<T>(problem, problem.type, problem.q, size, range, first, in_tile, (T)(problem.scale * log2_of_e),
+                    s.rows_of_lanes, row_length, s.queries + first * size);
+        tile.finite = !has_nonfinite(s.rows_of_lanes, in_tile, size, row_length);
+        for (std::int64_t lane = 0; lane < in_tile; ++lane)
+            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, size, lane_count<T>,
+                          s.query_columns + first * columns);
+        to_lanes<T>(problem, problem.type, problem.d_out, v_size, range, first, in_tile, T(1), s.rows_of_lanes,
+                    row_length, s.gradients + first * v_size);
+        tile.finite = tile.finite && !has_nonfinite(s.rows_of_lanes, in_tile, v_size, row_length);
+        for (std::int64_t lane = 0; lane < in_tile; ++lane)
+            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, v_size, lane_count<T>,
+                          s.gradient_columns + first * v_columns);
+        to_lanes<T>(problem, sums_type<T>, d_q, size, range, first, in_tile, T(1), s.rows_of_lanes, row_length,
+                    s.d_queries + first * size);
+        for (std::int64_t row = first; row < first + lane_count<T>; ++row) {
             // 2^(logit - inf) is 0: for lanes without a row, and rows that see no key.
             s.log_sum[row] = __builtin_inf();
             s.delta[row] = 0;
-            if (lane >= in_tile) continue;
+            if (row >= rows) continue;
             const RowAt at = row_at(problem, range, row);
-            const T sum = all_log_sum[flat(at)];
+            const std::int64_t flat = (range.batch * problem.heads + at.head) * problem.n_queries + at.query;
+            const T sum = all_log_sum[flat];
             if (!(sum == (T)-__builtin_inf())) s.log_sum[row] = sum * (T)log2_of_e;
-            s.delta[row] = all_delta[flat(at)];
-            const T* const from = d_q_row(at);
-            for (std::int64_t i = 0; i < problem.size; ++i) d_to[i] = from[i];
+            s.delta[row] = all_delta[flat];
         }
-        s.tile[t].finite = !has_nonfinite(s.query_rows + first * s.row_length, in_tile * s.row_length) &&
-                           !has_nonfinite(s.gradient_rows + first * s.v_row_length, in_tile * s.v_row_length);
     }
 
-    const auto d_row = [&](void* d, std::int64_t key, std::int64_t size) {
-        return (T*)d + ((range.batch * problem.n_keys + key) * problem.kv_heads + range.kv_head) * size;
-    };
     for (std::int64_t first = 0; first < problem.n_keys; first += key_block) {
         const std::int64_t left_keys = problem.n_keys - first;
         KeyBlock<T>& block = *s.block;
@@ -158,69 +184,61 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
         for (std::int64_t t = 0; t < s.tiles; ++t) {
             const QueryTile<T>& tile = s.tile[t];
             const std::int64_t row = t * lane_count<T>;
+            const T* const query_columns = s.query_columns + row * columns;
+            const T* const gradient_columns = s.gradient_columns + row * v_columns;
+            T* const d_queries = s.d_queries + row * size;
             for (std::int64_t begin = 0; begin < block.count; begin += key_tile) {
-                const Sight seen = sight<IndexOf<T>>(problem, tile.span, block.span[begin / key_tile]);
+                const std::int64_t k = begin / key_tile;
+                const Sight seen = sight<IndexOf<T>>(problem, tile.span, block.span[k]);
                 if (seen == Sight::none) continue;
                 if (!packed) {
-                    pack_rows<T>(problem, problem.k, range.batch, range.kv_head, first, problem.size, block, s.keys,
-                                 s.row_length);
-                    panels_of<T>(s.keys, s.row_length, block.count, problem.size, s.key_panels);
-                    pack_rows<T>(problem, problem.v, range.batch, range.kv_head, first, problem.v_size, block,
-                                 s.value_rows, problem.v_size);
-                    panels_of<T>(s.value_rows, problem.v_size, block.count, problem.v_size, s.value_panels);
-                    for (std::int64_t j = 0; j < block.count; ++j) {
-                        const T* const k_from = d_row(problem.d_k, first + j, problem.size);
-                        const T* const v_from = d_row(problem.d_v, first + j, problem.v_size);
-                        for (std::int64_t i = 0; i < s.row_length; ++i)
-                            s.d_keys[j * s.row_length + i] = i < problem.size ? k_from[i] : T(0);
-                        for (std::int64_t i = 0; i < s.v_row_length; ++i)
-                            s.d_values[j * s.v_row_length + i] = i < problem.v_size ? v_from[i] : T(0);
-                    }
+                    pack_block<T>(problem, range, first, row_length, s);
                     packed = true;
                 }
-                const std::int64_t count = block.count - begin < key_tile ? block.count - begin : key_tile;
-                tile_against<T>(s.key_panels + begin / key_tile * problem.size * panel_width, count, problem.size,
-                                s.queries + row * problem.size, s.weights);
-                tile_against<T>(s.value_panels + begin / key_tile * problem.v_size * panel_width, count, problem.v_size,
-                                s.gradients + row * problem.v_size, s.d_logits);
-                unweigh<T>(problem, tile, block, begin, count, seen, s.weights, s.d_logits, s.log_sum + row,
+                KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
+                if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
+                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size,
+                                keys.begin, keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
+                lane_product<T>(tile.vectors, s.value_panels + k * key_panels_size<T>(v_size), panel_rows, v_size,
+                                keys.begin, keys.end, 0, v_size, s.gradients + row * v_size, s.d_logits, Start::zero,
+                                nullptr);
+                unweigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.d_logits, s.log_sum + row,
                            s.delta + row);
-                const T* const query_rows = s.query_rows + row * s.row_length;
-                const T* const gradient_rows = s.gradient_rows + row * s.v_row_length;
-                T* const d_keys = s.d_keys + begin * s.row_length;
-                T* const d_values = s.d_values + begin * s.v_row_length;
+                T* const d_keys = s.d_keys + k * key_tile * columns;
+                T* const d_values = s.d_values + k * key_tile * v_columns;
                 if (seen == Sight::all || tile.finite) {
-                    small_product<T, (int)lane_count<T>>(count, s.v_row_length, tile.rows, s.weights, 1, gradient_rows,
-                                                         s.v_row_length, d_values, s.v_row_length, true);
-                    small_product<T, (int)lane_count<T>>(count, s.row_length, tile.rows, s.d_logits, 1, query_rows,
-                                                         s.row_length, d_keys, s.row_length, true);
+                    column_product<T>(s.weights, keys.begin, keys.end, tile.rows, gradient_columns, v_size, d_values);
+                    column_product<T>(s.d_logits, keys.begin, keys.end, tile.rows, query_columns, size, d_keys);
                 } else {
-                    add_visible<T, true>(problem, tile, block, begin, count, s.weights, gradient_rows, d_values,
-                                         s.v_row_length);
-                    add_visible<T, true>(problem, tile, block, begin, count, s.d_logits, query_rows, d_keys,
-                                         s.row_length);
+                    add_visible_lanes<T>(problem, tile, block, begin, keys, s.weights, gradient_columns, v_size,
+                                         d_values);
+                    add_visible_lanes<T>(problem, tile, block, begin, keys, s.d_logits, query_columns, size, d_keys);
                 }
-                const T* const keys = s.keys + begin * s.row_length;
-                T* const d_queries = s.d_queries + row * s.row_length;
-                if (seen == Sight::all || block.finite[begin / key_tile])
-                    small_product<T, 1>(tile.rows, s.row_length, count, s.d_logits, lane_count<T>, keys, s.row_length,
-                                        d_queries, s.row_length, true);
-                else
-                    add_visible<T, false>(problem, tile, block, begin, count, s.d_logits, keys, d_queries,
-                                          s.row_length);
+                if (seen == Sight::all || block.finite[k]) {
+                    lane_product<T>(tile.vectors, s.key_feature_panels + k * feature_panels_size<T>(size),
+                                    feature_step(size), key_tile, 0, size, keys.begin, keys.end - keys.begin,
+                                    s.d_logits + keys.begin * lane_count<T>, d_queries, Start::sums, nullptr);
+                } else {
+                    stage_rows<T>(problem, problem.k, range.batch, range.kv_head, first + begin, keys.end, size,
+                                  s.rows_of_keys, row_length);
+                    add_visible_keys<T>(problem, tile, block, begin, keys, s.d_logits, s.rows_of_keys, row_length, size,
+                                        d_queries);
+                }
             }
         }
         if (!packed) continue;
         for (std::int64_t j = 0; j < block.count; ++j) {
-            T* const k_to = d_row(problem.d_k, first + j, problem.size);
-            T* const v_to = d_row(problem.d_v, first + j, problem.v_size);
-            for (std::int64_t i = 0; i < problem.size; ++i) k_to[i] = s.d_keys[j * s.row_length + i];
-            for (std::int64_t i = 0; i < problem.v_size; ++i) v_to[i] = s.d_values[j * s.v_row_length + i];
+            const std::int64_t k = j / key_tile, row = j % key_tile;
+            from_columns<T>(s.d_keys + k * key_tile * columns, row, size, key_tile,
+                            gradient_row<T>(problem, range, problem.d_k, first + j, size));
+            from_columns<T>(s.d_values + k * key_tile * v_columns, row, v_size, key_tile,
+                            gradient_row<T>(problem, range, problem.d_v, first + j, v_size));
         }
     }
 
-    for (std::int64_t row = 0; row < rows; ++row) {
-        T* const to = d_q_row(row_at(problem, range, row));
-        for (std::int64_t i = 0; i < problem.size; ++i) to[i] = s.d_queries[row * s.row_length + i];
+    for (std::int64_t first = 0; first < rows; first += lane_count<T>) {
+        const std::int64_t left = rows - first;
+        from_lanes<T>(problem, d_q, size, range, first, left < lane_count<T> ? left : lane_count<T>,
+                      s.d_queries + first * size, s.rows_of_lanes, row_length);
     }
 }

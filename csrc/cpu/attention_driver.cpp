@@ -38,10 +38,17 @@ const AttentionKernel& kernel_of(const AttentionProblem& problem) {
     return problem.type == ElementType::f64 ? kernels().attention_f64 : kernels().attention_f32;
 }
 
+// Queries that a range should have: as many ranges as `limit` query rows each ask for, of equal size and whole tiles.
+std::int64_t queries_per_range(const AttentionProblem& problem, std::int64_t limit) {
+    const std::int64_t group = problem.heads / problem.kv_heads, lanes = kernel_of(problem).lanes;
+    const std::int64_t rows = problem.n_queries * group, parts = std::max<std::int64_t>(1, (rows + limit - 1) / limit);
+    const std::int64_t tiles = (rows + parts * lanes - 1) / (parts * lanes);
+    return std::max<std::int64_t>(1, tiles * lanes / group);
+}
+
 // Ranges of queries with about `rows` rows each, dealt out over batch and key heads.
 std::vector<AttentionRange> ranges_of(const AttentionProblem& problem, std::int64_t rows) {
-    const std::int64_t group = problem.heads / problem.kv_heads;
-    const std::int64_t queries = std::max<std::int64_t>(1, rows / group);
+    const std::int64_t queries = queries_per_range(problem, rows);
     std::vector<AttentionRange> ranges;
     // The last queries first: under a causal mask they have most to do.
     for (std::int64_t end = problem.n_queries; end > 0; end -= std::min(end, queries))
@@ -174,8 +181,7 @@ void run_attention_forward(const AttentionProblem& problem) {
 
 void run_attention_backward(const AttentionProblem& problem) {
     const AttentionKernel& kernel = kernel_of(problem);
-    const std::int64_t group = problem.heads / problem.kv_heads;
-    const std::int64_t queries = std::max<std::int64_t>(1, kernel.rows_per_chunk / group);
+    const std::int64_t queries = queries_per_range(problem, kernel.rows_per_chunk);
     // One thread a key head: d_k and d_v are sums over queries in rising order.
     on_threads(threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem),
                [&](std::int64_t index, char* memory) {

@@ -1,11 +1,12 @@
 // Attention, forward, on one rank: adds some keys to the state of some queries, without a matrix of all logits.
 //
-//     for each block of keys (packed once):                        4 key tiles: panels of K, rows of V
-//         for each tile of queries:                                lanes of 2 vectors
+//     for each block of keys (packed once):                        4 key tiles of 90 keys
+//         for each tile of queries:                                lanes of 3 vectors (AVX-512) or 2
 //             for each key tile that the mask leaves something of:
-//                 logits = K q^T              (keys, lanes)        register tiles: rows of keys x 2 vectors
+//                 logits (keys, lanes) = K q^T                     register tiles of 9 keys (6) and all lanes
 //                 highest, total: vertical maximum and sum of 2^(logit - highest), in registers
-//                 output = factor * output + weights^T V           register tiles: rows of queries x 2 vectors
+//                 output (features, lanes) = output * factor + V^T weights
+//                                                                  register tiles of 9 features (6) and all lanes
 //
 // FLOPs: 2 (size + v_size) a visible pair and head. Bytes: K and V are read once per range of queries (about
 // rows_per_chunk rows), q and the state once per call. The state is not normalised, so that a call takes up where
@@ -15,9 +16,11 @@
 
 template <class T>
 struct ForwardScratch {
-    std::int64_t rows, tiles, row_length;
-    T *queries, *output, *highest, *total;  // of the range: (tiles, size, lanes), (rows, row_length), (rows) twice
-    T *keys, *panels, *values, *weights, *staged;  // of a block and a tile
+    std::int64_t rows, tiles;
+    T *queries, *output, *highest, *total;       // of the range: (tiles, size, lanes) twice, (tiles, lanes) twice
+    T *key_panels, *value_panels;                // of a block: of its key tiles, one after the other
+    T *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels and lanes
+    T* weights;
     QueryTile<T>* tile;
     KeyBlock<T>* block;
     std::int64_t bytes;
@@ -30,77 +33,125 @@ FIVEDP_INLINE T* take(char*& at, std::int64_t count) {
     return here;
 }
 
+// From one staged row to the next: a multiple of 8, for they are transposed 8 x 8.
+template <class T>
+FIVEDP_INLINE std::int64_t staged_length(const AttentionProblem& problem) {
+    return round_up(problem.size > problem.v_size ? problem.size : problem.v_size, 8);
+}
+
 template <class T>
 FIVEDP_INLINE ForwardScratch<T> forward_scratch(const AttentionProblem& problem, std::int64_t rows, char* scratch) {
     ForwardScratch<T> s;
     char* at = scratch;
+    const std::int64_t row_length = staged_length<T>(problem);
     s.rows = rows;
     s.tiles = (rows + lane_count<T> - 1) / lane_count<T>;
-    s.row_length = padded<T>(problem.v_size);
     s.queries = take<T>(at, s.tiles * problem.size * lane_count<T>);
-    s.output = take<T>(at, s.tiles * lane_count<T> * s.row_length);
+    s.output = take<T>(at, s.tiles * problem.v_size * lane_count<T>);
     s.highest = take<T>(at, s.tiles * lane_count<T>);
     s.total = take<T>(at, s.tiles * lane_count<T>);
-    s.keys = take<T>(at, key_block * problem.size);
-    s.panels = take<T>(at, panel_room(problem.size));
-    s.values = take<T>(at, key_block * s.row_length);
+    s.key_panels = take<T>(at, 4 * key_panels_size<T>(problem.size) + slack<T>);
+    s.value_panels = take<T>(at, 4 * feature_panels_size<T>(problem.v_size) + slack<T>);
+    s.rows_of_keys = take<T>(at, key_tile * row_length + slack<T>);
+    s.rows_of_lanes = take<T>(at, lane_count<T> * row_length);
+    s.transposed = take<T>(at, problem.size * transposed_width + slack<T>);
     s.weights = take<T>(at, key_tile * lane_count<T>);
-    s.staged = take<T>(at, lane_count<T> * problem.size);
     s.tile = take<QueryTile<T>>(at, s.tiles);
     s.block = take<KeyBlock<T>>(at, 1);
     s.bytes = at - scratch;
     return s;
 }
 
-static constexpr std::int64_t attention_rows_per_chunk = 1024;
+static constexpr std::int64_t attention_rows_per_chunk = 1152;
 
 template <class T>
 FIVEDP_NOINLINE std::int64_t attention_forward_bytes(const AttentionProblem& problem) {
     const std::int64_t group = problem.heads / problem.kv_heads;
-    return forward_scratch<T>(problem, attention_rows_per_chunk + group, nullptr).bytes;
+    return forward_scratch<T>(problem, attention_rows_per_chunk + lane_count<T> + group, nullptr).bytes;
 }
 
-// Queries [first, first + rows) of a range as (size, lanes), scaled.
+// Rows [first, first + rows) of a range as (size, lanes), scaled; lanes without a row are zero. `staged` is left with
+// the rows as they are, `row_length` apart.
 template <class T>
-FIVEDP_INLINE void pack_queries(const AttentionProblem& problem, const TokenView& view, std::int64_t size,
-                                const AttentionRange& range, std::int64_t first, std::int64_t rows, T scale, T* staged,
-                                T* to) {
+FIVEDP_INLINE void to_lanes(const AttentionProblem& problem, ElementType type, const TokenView& view, std::int64_t size,
+                            const AttentionRange& range, std::int64_t first, std::int64_t rows, T scale, T* staged,
+                            std::int64_t row_length, T* to) {
     for (std::int64_t r = 0; r < rows; ++r) {
         const RowAt at = row_at(problem, range, first + r);
         widen_row_as<T>(
-            problem.type,
+            type,
             view.data + range.batch * view.batch_stride + at.query * view.token_stride + at.head * view.head_stride,
-            size, staged + r * size, size);
+            size, staged + r * row_length, size);
     }
-    transpose_rows<T>(staged, size, rows, size, to, lane_count<T>, scale);
+    transpose_rows<T>(staged, row_length, rows, size, to, lane_count<T>, scale);
 }
 
-// Weights of a key tile, in place of its logits, and what they do to the state of the tile of queries.
+// And back: (size, lanes) to rows, of the type of sums.
 template <class T>
-FIVEDP_INLINE void weigh(const AttentionProblem& problem, const QueryTile<T>& tile, const KeyBlock<T>& block,
-                         std::int64_t begin, std::int64_t count, Sight seen, T* logits, T* highest, T* total, T* output,
-                         std::int64_t row_length) {
+FIVEDP_INLINE void from_lanes(const AttentionProblem& problem, const TokenView& view, std::int64_t size,
+                              const AttentionRange& range, std::int64_t first, std::int64_t rows, const T* lanes_of,
+                              T* staged, std::int64_t row_length) {
+    transpose<T, T>((const char*)lanes_of, lane_count<T> * (std::int64_t)sizeof(T), size, lane_count<T>, staged,
+                    row_length);
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const RowAt at = row_at(problem, range, first + r);
+        T* const to = (T*)(view.data + range.batch * view.batch_stride + at.query * view.token_stride +
+                           at.head * view.head_stride);
+        for (std::int64_t i = 0; i < size; ++i) to[i] = staged[r * row_length + i];
+    }
+}
+
+// (batch, queries, heads, size) contiguous, of the type of sums.
+template <class T>
+FIVEDP_INLINE TokenView sums_view(const AttentionProblem& problem, void* data, std::int64_t size) {
+    const std::int64_t head = size * (std::int64_t)sizeof(T), token = problem.heads * head;
+    return {(char*)data, problem.n_queries * token, token, head};
+}
+template <class T>
+static constexpr ElementType sums_type = sizeof(T) == 8 ? ElementType::f64 : ElementType::f32;
+
+// The panels of a block's keys and values.
+template <class T>
+FIVEDP_INLINE void pack_block(const AttentionProblem& problem, const AttentionRange& range, std::int64_t first,
+                              std::int64_t row_length, const ForwardScratch<T>& s) {
+    for (std::int64_t begin = 0; begin < s.block->count; begin += key_tile) {
+        const std::int64_t k = begin / key_tile, left = s.block->count - begin;
+        const std::int64_t count = left < key_tile ? left : key_tile;
+        panels_of_keys<T>(problem, problem.k, range.batch, range.kv_head, first + begin, count, problem.size,
+                          s.transposed, s.key_panels + k * key_panels_size<T>(problem.size));
+        stage_rows<T>(problem, problem.v, range.batch, range.kv_head, first + begin, count, problem.v_size,
+                      s.rows_of_keys, row_length);
+        s.block->finite[k] = !has_nonfinite(s.rows_of_keys, count, problem.v_size, row_length);
+        panels_of_features<T>(s.rows_of_keys, row_length, count, problem.v_size,
+                              s.value_panels + k * feature_panels_size<T>(problem.v_size));
+    }
+}
+
+// Weights of a key tile, in place of its logits, and what they do to the state of the tile of queries. Returns whether
+// the output is to be multiplied by `factor`.
+template <class T>
+FIVEDP_INLINE bool weigh(const AttentionProblem& problem, const QueryTile<T>& tile, const KeyBlock<T>& block,
+                         std::int64_t first, KeyRange keys, Sight seen, T* logits, T* highest, T* total, T* factor) {
     using V = Vec<T>;
     const V lowest = broadcast<T>(-__builtin_inf());
     const bool plain = problem.softcap == 0 && problem.slopes == nullptr;
-    T factor[lane_count<T>];
     bool rescale = false;
-    for (int v = 0; v < tile_vectors; ++v) {
+    for (int v = 0; v < tile.vectors; ++v) {
         T* const column = logits + v * lanes<T>;
         const V before = load<V>(highest + v * lanes<T>);
         V top = before;
-        for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t j = keys.begin; j < keys.end; ++j) {
             V x = load<V>(column + j * lane_count<T>);
-            if (!plain) x = finish_logit<T>(problem, tile, v, x, block.position[begin + j]);
+            if (!plain) x = finish_logit<T>(problem, tile, v, x, block.position[first + j]);
             if (seen == Sight::some)
-                x = visible<T>(problem, tile, v, block.position[begin + j], block.document[begin + j]) ? x : lowest;
+                x = visible<T>(problem, tile, v, block.position[first + j], block.document[first + j]) ? x : lowest;
             if (!plain || seen == Sight::some) store(column + j * lane_count<T>, x);
             top = larger<T>(top, x);
         }
         // Rows that have seen nothing yet: -inf - -inf would be NaN.
         const V from = top == lowest ? V{} : top;
         V sum = V{};
-        for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t j = keys.begin; j < keys.end; ++j) {
             const V weight = exp2<T>(load<V>(column + j * lane_count<T>) - from);
             store(column + j * lane_count<T>, weight);
             sum += weight;
@@ -111,45 +162,35 @@ FIVEDP_INLINE void weigh(const AttentionProblem& problem, const QueryTile<T>& ti
         store(total + v * lanes<T>, load<V>(total + v * lanes<T>) * scale + sum);
         for (int lane = 0; lane < lanes<T>; ++lane) rescale |= !(top[lane] == before[lane]);
     }
-    if (!rescale) return;
-    for (std::int64_t r = 0; r < tile.rows; ++r)
-        if (factor[r] != T(1))
-            for (std::int64_t i = 0; i < row_length; ++i) output[r * row_length + i] *= factor[r];
+    return rescale;
 }
 
 template <class T>
 FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const AttentionRange& range, char* scratch) {
     const std::int64_t group = problem.heads / problem.kv_heads;
     const std::int64_t rows = group * (range.query_end - range.query_begin);
+    const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length<T>(problem);
+    const std::int64_t v_step = feature_step(v_size);
     const ForwardScratch<T> s = forward_scratch<T>(problem, rows, scratch);
+    const TokenView state = sums_view<T>(problem, problem.output, v_size);
     T* const all_highest = (T*)problem.highest;
     T* const all_total = (T*)problem.total;
-    T* const all_output = (T*)problem.output;
-    const auto flat = [&](const RowAt& at) {
+    const auto flat = [&](std::int64_t row) {
+        const RowAt at = row_at(problem, range, row);
         return (range.batch * problem.heads + at.head) * problem.n_queries + at.query;
-    };
-    const auto output_row = [&](const RowAt& at) {
-        return all_output + ((range.batch * problem.n_queries + at.query) * problem.heads + at.head) * problem.v_size;
     };
 
     for (std::int64_t t = 0; t < s.tiles; ++t) {
         const std::int64_t first = t * lane_count<T>, left = rows - first;
         const std::int64_t in_tile = left < lane_count<T> ? left : lane_count<T>;
         describe_tile<T>(problem, range, first, in_tile, s.tile[t]);
-        pack_queries<T>(problem, problem.q, problem.size, range, first, in_tile, (T)(problem.scale * log2_of_e),
-                        s.staged, s.queries + t * problem.size * lane_count<T>);
-        for (std::int64_t lane = 0; lane < lane_count<T>; ++lane) {
-            const std::int64_t row = first + lane;
-            T* const output = s.output + row * s.row_length;
-            s.highest[row] = -__builtin_inf();
-            s.total[row] = 0;
-            for (std::int64_t i = 0; i < s.row_length; ++i) output[i] = 0;
-            if (lane >= in_tile) continue;
-            const RowAt at = row_at(problem, range, row);
-            s.highest[row] = all_highest[flat(at)];
-            s.total[row] = all_total[flat(at)];
-            const T* const from = output_row(at);
-            for (std::int64_t i = 0; i < problem.v_size; ++i) output[i] = from[i];
+        to_lanes<T>(problem, problem.type, problem.q, size, range, first, in_tile, (T)(problem.scale * log2_of_e),
+                    s.rows_of_lanes, row_length, s.queries + first * size);
+        to_lanes<T>(problem, sums_type<T>, state, v_size, range, first, in_tile, T(1), s.rows_of_lanes, row_length,
+                    s.output + first * v_size);
+        for (std::int64_t row = first; row < first + lane_count<T>; ++row) {
+            s.highest[row] = row < rows ? all_highest[flat(row)] : (T)-__builtin_inf();
+            s.total[row] = row < rows ? all_total[flat(row)] : T(0);
         }
     }
 
@@ -160,39 +201,49 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
         bool packed = false;
         for (std::int64_t t = 0; t < s.tiles; ++t) {
             const QueryTile<T>& tile = s.tile[t];
-            const T* const queries = s.queries + t * problem.size * lane_count<T>;
-            T* const output = s.output + t * lane_count<T> * s.row_length;
+            const std::int64_t row = t * lane_count<T>;
+            T* const output = s.output + row * v_size;
             for (std::int64_t begin = 0; begin < block.count; begin += key_tile) {
-                const Sight seen = sight<IndexOf<T>>(problem, tile.span, block.span[begin / key_tile]);
+                const std::int64_t k = begin / key_tile;
+                const Sight seen = sight<IndexOf<T>>(problem, tile.span, block.span[k]);
                 if (seen == Sight::none) continue;
                 if (!packed) {  // blocks that no query sees are not even read
-                    pack_rows<T>(problem, problem.k, range.batch, range.kv_head, first, problem.size, block, s.keys,
-                                 problem.size);
-                    panels_of<T>(s.keys, problem.size, block.count, problem.size, s.panels);
-                    pack_rows<T>(problem, problem.v, range.batch, range.kv_head, first, problem.v_size, block, s.values,
-                                 s.row_length);
+                    pack_block<T>(problem, range, first, row_length, s);
                     packed = true;
                 }
-                const std::int64_t count = block.count - begin < key_tile ? block.count - begin : key_tile;
-                tile_against<T>(s.panels + begin / key_tile * problem.size * panel_width, count, problem.size, queries,
-                                s.weights);
-                weigh<T>(problem, tile, block, begin, count, seen, s.weights, s.highest + t * lane_count<T>,
-                         s.total + t * lane_count<T>, output, s.row_length);
-                const T* const values = s.values + begin * s.row_length;
-                if (seen == Sight::all || block.finite[begin / key_tile])
-                    small_product<T, 1>(tile.rows, s.row_length, count, s.weights, lane_count<T>, values, s.row_length,
-                                        output, s.row_length, true);
-                else
-                    add_visible<T, false>(problem, tile, block, begin, count, s.weights, values, output, s.row_length);
+                KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
+                if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
+                const std::int64_t count = keys.end - keys.begin;
+                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size,
+                                keys.begin, keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
+                T factor[lane_count<T>];
+                const bool rescale = weigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.highest + row,
+                                              s.total + row, factor);
+                const T* const panels = s.value_panels + k * feature_panels_size<T>(v_size);
+                const T* const weights = s.weights + keys.begin * lane_count<T>;
+                const Start start = rescale ? Start::scaled : Start::sums;
+                if (seen == Sight::all || block.finite[k]) {
+                    lane_product<T>(tile.vectors, panels, v_step, key_tile, 0, v_size, keys.begin, count, weights,
+                                    output, start, factor);
+                } else {
+                    lane_product<T>(tile.vectors, panels, v_step, key_tile, 0, v_size, 0, 0, weights, output, start,
+                                    factor);
+                    stage_rows<T>(problem, problem.v, range.batch, range.kv_head, first + begin, keys.end, v_size,
+                                  s.rows_of_keys, row_length);
+                    add_visible_keys<T>(problem, tile, block, begin, keys, s.weights, s.rows_of_keys, row_length,
+                                        v_size, output);
+                }
             }
         }
     }
 
+    for (std::int64_t first = 0; first < rows; first += lane_count<T>) {
+        const std::int64_t left = rows - first;
+        from_lanes<T>(problem, state, v_size, range, first, left < lane_count<T> ? left : lane_count<T>,
+                      s.output + first * v_size, s.rows_of_lanes, row_length);
+    }
     for (std::int64_t row = 0; row < rows; ++row) {
-        const RowAt at = row_at(problem, range, row);
-        all_highest[flat(at)] = s.highest[row];
-        all_total[flat(at)] = s.total[row];
-        T* const to = output_row(at);
-        for (std::int64_t i = 0; i < problem.v_size; ++i) to[i] = s.output[row * s.row_length + i];
+        all_highest[flat(row)] = s.highest[row];
+        all_total[flat(row)] = s.total[row];
     }
 }

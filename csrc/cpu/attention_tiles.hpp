@@ -1,90 +1,183 @@
-// What attention's forward and backward share: packed rows, the tile product, the logits of a tile and its mask.
+// What attention's forward and backward share: packed operands, the tile products, the logits of a tile and its mask.
 //
-// Queries lie in the lanes of vectors: a tile is `lane_count` query rows of one key head's group, and its logits are
-// (keys, lanes), so that the largest and the sum over keys need no horizontal step. Everything packed is of the type of
-// sums; rows are filled with zeros to whole vectors.
+// Queries lie in the lanes of vectors: a tile is `lane_count` query rows of one key head's group, its logits are
+// (keys, lanes) and its output is (features, lanes). The largest logit, the sum and the rescaling need no horizontal
+// step, and every sum over features or over keys is the same register tile:
+//
+//     sums (rows, lanes) += panel (i, rows)^T  factors (i, lanes)      logits: rows are keys, i features
+//                                                                      output, d_q: rows are features, i keys
+//
+// The gradients of keys and values are sums over queries; there the features lie in the lanes:
+//
+//     sums (keys, features) += factors (keys, lanes)  rows (lanes, features)
+//
+// Everything packed is of the type of sums.
 
+// The register tile: panel_rows x lane_vectors vectors.
+static constexpr int panel_rows = FIVEDP_ATTENTION_ROWS, lane_vectors = FIVEDP_ATTENTION_VECTORS;
 template <class T>
-static constexpr std::int64_t lane_count = tile_columns<T>;
+static constexpr std::int64_t lane_count = lane_vectors* lanes<T>;
 // Keys whose logits are made at a time, and keys packed at a time. The same for every instruction set: the sums of a
 // query are in the order of its keys, tile by tile, so they have the same bits in all of them.
 static constexpr std::int64_t key_tile = 84, key_block = 4 * key_tile;
-static_assert(key_tile % tile_rows == 0, "a key tile is cut into whole register tiles");
-// From one element of packed keys to the next of the same key; a multiple of 8, for they are transposed 8 x 8.
-static constexpr std::int64_t panel_width = 88;
-
+// Keys at the ends of a tile that no query of the tile sees are left out in steps of this many.
+static constexpr std::int64_t key_grain = 6;
+static_assert(key_tile % key_grain == 0 && key_grain % panel_rows == 0, "key tiles are cut into whole panels");
+// Rows of transposed keys: a multiple of 8, for they are transposed 8 x 8.
+static constexpr std::int64_t transposed_width = (key_tile + 7) / 8 * 8;
+// Elements that a vector may be read or written beyond the end of packed rows.
 template <class T>
-FIVEDP_INLINE std::int64_t padded(std::int64_t size) {
-    return (size + lanes<T> - 1) / lanes<T> * lanes<T>;
+static constexpr std::int64_t slack = 2 * lanes<T>;
+
+FIVEDP_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) {
+    return (n + step - 1) / step * step;
 }
 
-// c[r][v] (+)= sum over i of a[r * row_stride + i * a_step] * b[i][v], r < rows, v < vectors: a chain of fused
-// multiply-adds in rising i, from +0 or from what C holds.
-template <class T, int row_stride, int vectors, int rows>
-FIVEDP_NOINLINE void tile_product_of(const T* __restrict__ a, std::int64_t a_step, const T* __restrict__ b,
-                                     std::int64_t b_step, std::int64_t n, T* c, std::int64_t c_step, bool add) {
+// What a register tile starts from: zero, what C holds, or what C holds times a factor for each lane.
+enum class Start { zero, sums, scaled };
+
+// c[r][v] = start + sum over i of a[r * a_row + i * a_step] * b[i][v], r < rows, v < vectors, in one chain of fused
+// multiply-adds in rising i. Rows of b and c are `lane_count` elements apart. All strides are constants: no address in
+// the loop needs arithmetic or a register of its own.
+template <class T, int rows, int vectors, int a_row, int a_step>
+FIVEDP_NOINLINE void tile_product_of(const T* __restrict__ a, const T* __restrict__ b, std::int64_t n,
+                                     T* __restrict__ c, Start start, const T* factor) {
     using V = Vec<T>;
+    constexpr std::int64_t step = lane_count<T>;
     V sum[rows][vectors];
-    if (add) {
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[r][v] = load<V>(c + r * c_step + v * lanes<T>);
-    } else {
+    if (start == Start::zero) {
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) sum[r][v] = V{};
+    } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) sum[r][v] = load<V>(c + r * step + v * lanes<T>);
+        if (start == Start::scaled) {
+            V scale[vectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) scale[v] = load<V>(factor + v * lanes<T>);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; ++v) sum[r][v] *= scale[v];
+        }
     }
+#pragma GCC unroll 2
     for (std::int64_t i = 0; i < n; ++i) {
         V row[vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) row[v] = load<V>(b + v * lanes<T>);
+        for (int v = 0; v < vectors; ++v) row[v] = load<V>(b + i * step + v * lanes<T>);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-            const V factor = broadcast<T>(a[r * row_stride]);
+            const V from_a = broadcast<T>(a[r * a_row + i * a_step]);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[r][v] = fused(factor, row[v], sum[r][v]);
+            for (int v = 0; v < vectors; ++v) sum[r][v] = fused(from_a, row[v], sum[r][v]);
         }
-        a += a_step;
-        b += b_step;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) store(c + r * c_step + v * lanes<T>, sum[r][v]);
+        for (int v = 0; v < vectors; ++v) store(c + r * step + v * lanes<T>, sum[r][v]);
 }
 
-template <class T, int row_stride, int vectors, int low = 1, int high = tile_rows>
-FIVEDP_INLINE void tile_rows_product(int rows, const T* a, std::int64_t a_step, const T* b, std::int64_t b_step,
-                                     std::int64_t n, T* c, std::int64_t c_step, bool add) {
+// The same for 1 .. panel_rows rows, found by halving.
+template <class T, int vectors, int a_row, int a_step, int high = panel_rows, int low = 1>
+FIVEDP_INLINE void tile_product(std::int64_t rows, const T* a, const T* b, std::int64_t n, T* c, Start start,
+                                const T* factor) {
     if constexpr (low == high) {
-        tile_product_of<T, row_stride, vectors, low>(a, a_step, b, b_step, n, c, c_step, add);
+        tile_product_of<T, low, vectors, a_row, a_step>(a, b, n, c, start, factor);
     } else {
         constexpr int middle = (low + high) / 2;
         if (rows <= middle)
-            tile_rows_product<T, row_stride, vectors, low, middle>(rows, a, a_step, b, b_step, n, c, c_step, add);
+            tile_product<T, vectors, a_row, a_step, middle, low>(rows, a, b, n, c, start, factor);
         else
-            tile_rows_product<T, row_stride, vectors, middle + 1, high>(rows, a, a_step, b, b_step, n, c, c_step, add);
+            tile_product<T, vectors, a_row, a_step, high, middle + 1>(rows, a, b, n, c, start, factor);
     }
 }
 
-// C (rows, columns) (+)= A (rows, n) B (n, columns), columns a multiple of `lanes`; cut into register tiles of rows as
-// equal as can be.
-template <class T, int row_stride>
-FIVEDP_INLINE void small_product(std::int64_t rows, std::int64_t columns, std::int64_t n, const T* a,
-                                 std::int64_t a_step, const T* b, std::int64_t b_step, T* c, std::int64_t c_step,
-                                 bool add) {
-    const std::int64_t parts = (rows + tile_rows - 1) / tile_rows;
-    for (std::int64_t part = 0; part < parts; ++part) {
-        const std::int64_t begin = part * rows / parts, end = (part + 1) * rows / parts;
-        std::int64_t j = 0;
-        for (; j + tile_columns<T> <= columns; j += tile_columns<T>)
-            tile_rows_product<T, row_stride, tile_vectors>((int)(end - begin), a + begin * row_stride, a_step, b + j,
-                                                           b_step, n, c + begin * c_step + j, c_step, add);
-        if (j < columns)
-            tile_rows_product<T, row_stride, 1>((int)(end - begin), a + begin * row_stride, a_step, b + j, b_step, n,
-                                                c + begin * c_step + j, c_step, add);
+// Rows as panels of `step` <= panel_rows: element (i, row) is at ((row / step) * room + i) * panel_rows + row % step.
+// Features are dealt out to as few panels as will do, as evenly as can be.
+FIVEDP_INLINE std::int64_t feature_step(std::int64_t size) {
+    const std::int64_t parts = (size + panel_rows - 1) / panel_rows;
+    return parts == 0 ? 1 : (size + parts - 1) / parts;
+}
+FIVEDP_INLINE std::int64_t panels_size(std::int64_t rows, std::int64_t step, std::int64_t room) {
+    return (rows + step - 1) / step * room * panel_rows;
+}
+
+// from (n, rows) to panels of its columns. Whole vectors are copied: what one writes too much the next one mends.
+template <class T>
+FIVEDP_INLINE void split(const T* from, std::int64_t from_step, std::int64_t n, std::int64_t rows, std::int64_t step,
+                         std::int64_t room, T* panels) {
+    for (std::int64_t row = 0; row < rows; row += step) {
+        T* to = panels + row / step * room * panel_rows;
+        for (std::int64_t i = 0; i < n; ++i, to += panel_rows)
+            for (std::int64_t r = 0; r < step; r += lanes<T>)
+                store(to + r, load<Vec<T>>(from + i * from_step + row + r));
+    }
+}
+
+// Calls tiles(vectors) with as many vectors as a compile-time constant.
+template <class T, class Tiles, int most = lane_vectors>
+FIVEDP_INLINE void with_vectors(std::int64_t vectors, const Tiles& tiles) {
+    if constexpr (most > 1) {
+        if (vectors < most) return with_vectors<T, Tiles, most - 1>(vectors, tiles);
+    }
+    tiles(std::integral_constant<int, most>());
+}
+
+// c (rows begin .. end, lanes) = start + panels (first .. first + n)^T b (n, lanes), for the first `vectors` vectors.
+template <class T>
+FIVEDP_INLINE void lane_product(int vectors, const T* panels, std::int64_t step, std::int64_t room, std::int64_t begin,
+                                std::int64_t end, std::int64_t first, std::int64_t n, const T* b, T* c, Start start,
+                                const T* factor) {
+    with_vectors<T>(vectors, [&](auto count) {
+        for (std::int64_t row = begin; row < end; row += step)
+            tile_product<T, count(), 1, panel_rows>(end - row < step ? end - row : step,
+                                                    panels + (row / step * room + first) * panel_rows, b, n,
+                                                    c + row * lane_count<T>, start, factor);
+    });
+}
+
+// Rows cut into columns as wide as the lanes: element (row, i) is at ((i / lane_count) * room + row) * lane_count + i %
+// lane_count, filled with zeros to whole columns.
+template <class T>
+FIVEDP_INLINE std::int64_t column_size(std::int64_t size) {
+    return round_up(size, lane_count<T>);
+}
+template <class T>
+FIVEDP_INLINE void to_columns(const T* from, std::int64_t row, std::int64_t size, std::int64_t room, T* columns) {
+    for (std::int64_t i = 0; i < size; i += lane_count<T>) {
+        T* const to = columns + i * room + row * lane_count<T>;
+        const std::int64_t n = size - i < lane_count<T> ? size - i : lane_count<T>;
+        for (std::int64_t c = 0; c < n; ++c) to[c] = from[i + c];
+        for (std::int64_t c = n; c < lane_count<T>; ++c) to[c] = 0;
+    }
+}
+template <class T>
+FIVEDP_INLINE void from_columns(const T* columns, std::int64_t row, std::int64_t size, std::int64_t room, T* to) {
+    for (std::int64_t i = 0; i < size; i += lane_count<T>) {
+        const T* const from = columns + i * room + row * lane_count<T>;
+        const std::int64_t n = size - i < lane_count<T> ? size - i : lane_count<T>;
+        for (std::int64_t c = 0; c < n; ++c) to[i + c] = from[c];
+    }
+}
+
+// sums (keys begin .. end, size) += factors (keys, lanes) rows (lanes, size), the sums over the first n lanes.
+template <class T>
+FIVEDP_INLINE void column_product(const T* factors, std::int64_t begin, std::int64_t end, std::int64_t n, const T* rows,
+                                  std::int64_t size, T* sums) {
+    for (std::int64_t i = 0; i < size; i += lane_count<T>) {
+        const std::int64_t left = size - i < lane_count<T> ? size - i : lane_count<T>;
+        with_vectors<T>((left + lanes<T> - 1) / lanes<T>, [&](auto count) {
+            for (std::int64_t key = begin; key < end; key += panel_rows)
+                tile_product<T, count(), (int)lane_count<T>, 1>(
+                    end - key < panel_rows ? end - key : panel_rows, factors + key * lane_count<T>,
+                    rows + i * lane_count<T>, n, sums + i * key_tile + key * lane_count<T>, Start::sums, nullptr);
+        });
     }
 }
 
@@ -159,10 +252,11 @@ template <class T>
 struct QueryTile {
     using Index = IndexOf<T>;
     std::int64_t rows;  // in use, at most lane_count
+    int vectors;        // that hold them
     Span<Index> span;
     bool finite;  // no NaN or infinity in its rows
-    Index position[tile_columns<T>], document[tile_columns<T>];
-    T slope[tile_columns<T>];
+    Index position[lane_count<T>], document[lane_count<T>];
+    T slope[lane_count<T>];
 };
 
 // Where row `row` of a range is: its query and its head.
@@ -179,6 +273,7 @@ FIVEDP_INLINE void describe_tile(const AttentionProblem& problem, const Attentio
                                  std::int64_t rows, QueryTile<T>& tile) {
     using Index = IndexOf<T>;
     tile.rows = rows;
+    tile.vectors = (int)((rows + lanes<T> - 1) / lanes<T>);
     tile.finite = true;
     for (std::int64_t lane = 0; lane < lane_count<T>; ++lane) {
         const RowAt at = row_at(problem, range, first + (lane < rows ? lane : rows - 1));
@@ -216,57 +311,85 @@ FIVEDP_INLINE void describe_keys(const AttentionProblem& problem, std::int64_t f
     }
 }
 
-// Whether a row holds NaN or infinity.
+// Whether rows hold NaN or infinity.
 template <class T>
-FIVEDP_INLINE bool has_nonfinite(const T* row, std::int64_t length) {
+FIVEDP_INLINE bool has_nonfinite(const T* rows, std::int64_t count, std::int64_t length, std::int64_t row_length) {
     using Bits = IndexOf<T>;
     constexpr Bits exponent = sizeof(T) == 4 ? (Bits)0x7f800000 : (Bits)0x7ff0000000000000;
     Vec<Bits> found = {};
-    std::int64_t i = 0;
-    for (; i + lanes<T> <= length; i += lanes<T>) found |= (load<Vec<Bits>>(row + i) & exponent) == exponent;
     bool any = false;
+    for (std::int64_t r = 0; r < count; ++r) {
+        const T* const row = rows + r * row_length;
+        std::int64_t i = 0;
+        for (; i + lanes<T> <= length; i += lanes<T>) found |= (load<Vec<Bits>>(row + i) & exponent) == exponent;
+        for (; i < length; ++i) any |= !(T(0) * row[i] == T(0));
+    }
     for (int lane = 0; lane < lanes<T>; ++lane) any |= found[lane] != 0;
-    for (; i < length; ++i) any |= !(T(0) * row[i] == T(0));
     return any;
 }
 
-// Rows of keys or values, packed; notes tiles with NaN or infinity.
+// The rows of keys or values of one tile, widened, `row_length` apart.
 template <class T>
-FIVEDP_INLINE void pack_rows(const AttentionProblem& problem, const TokenView& view, std::int64_t batch,
-                             std::int64_t head, std::int64_t first, std::int64_t size, KeyBlock<T>& block, T* rows,
-                             std::int64_t row_length) {
+FIVEDP_INLINE void stage_rows(const AttentionProblem& problem, const TokenView& view, std::int64_t batch,
+                              std::int64_t head, std::int64_t first, std::int64_t count, std::int64_t size, T* rows,
+                              std::int64_t row_length) {
     const char* from = view.data + batch * view.batch_stride + head * view.head_stride + first * view.token_stride;
-    for (std::int64_t i = 0; i < block.count; ++i)
+    for (std::int64_t i = 0; i < count; ++i)
         widen_row_as<T>(problem.type, from + i * view.token_stride, size, rows + i * row_length, row_length);
-    for (std::int64_t i = 0; i < block.count; i += key_tile) {
-        const std::int64_t n = block.count - i < key_tile ? block.count - i : key_tile;
-        if (has_nonfinite(rows + i * row_length, n * row_length)) block.finite[i / key_tile] = false;
-    }
 }
 
-// Room for the panels of a block.
-FIVEDP_INLINE std::int64_t panel_room(std::int64_t size) {
-    return 4 * size * panel_width;
-}
-
-// Rows as panels for the logits, (size, panel_width) for every key tile.
+// Panels whose rows are keys (or values), for products with queries (or gradients) over features. `transposed` is room
+// for (size, transposed_width).
 template <class T>
-FIVEDP_INLINE void panels_of(const T* rows, std::int64_t row_length, std::int64_t count, std::int64_t size, T* panels) {
-    for (std::int64_t i = 0; i < count; i += key_tile) {
-        const std::int64_t n = count - i < key_tile ? count - i : key_tile;
-        transpose<T, T>((const char*)(rows + i * row_length), row_length * (std::int64_t)sizeof(T), n, size,
-                        panels + i / key_tile * size * panel_width, panel_width);
+FIVEDP_INLINE void panels_of_keys(const AttentionProblem& problem, const TokenView& view, std::int64_t batch,
+                                  std::int64_t head, std::int64_t first, std::int64_t count, std::int64_t size,
+                                  T* transposed, T* panels) {
+    const char* from = view.data + batch * view.batch_stride + head * view.head_stride + first * view.token_stride;
+    if constexpr (sizeof(T) == 8) {
+        transpose<T, double>(from, view.token_stride, count, size, transposed, transposed_width);
+    } else if (problem.type == ElementType::bf16) {
+        transpose<T, std::uint16_t>(from, view.token_stride, count, size, transposed, transposed_width);
+    } else {
+        transpose<T, float>(from, view.token_stride, count, size, transposed, transposed_width);
     }
+    split(transposed, transposed_width, size, count, panel_rows, size, panels);
 }
 
-// products[key][lane] of the `count` packed keys (or values) of a tile and a tile of transposed queries (or gradients).
+// Panels whose rows are features, for sums over keys.
 template <class T>
-FIVEDP_INLINE void tile_against(const T* panels, std::int64_t count, std::int64_t size, const T* queries, T* products) {
-    for (std::int64_t i = 0; i < count; i += tile_rows) {
-        const std::int64_t n = count - i < tile_rows ? count - i : tile_rows;
-        tile_rows_product<T, 1, tile_vectors>((int)n, panels + i, panel_width, queries, lane_count<T>, size,
-                                              products + i * lane_count<T>, lane_count<T>, false);
-    }
+FIVEDP_INLINE void panels_of_features(const T* rows, std::int64_t row_length, std::int64_t count, std::int64_t size,
+                                      T* panels) {
+    split(rows, row_length, count, size, feature_step(size), key_tile, panels);
+}
+
+// Room for the panels of one key tile.
+template <class T>
+FIVEDP_INLINE std::int64_t key_panels_size(std::int64_t size) {
+    return panels_size(key_tile, panel_rows, size);
+}
+template <class T>
+FIVEDP_INLINE std::int64_t feature_panels_size(std::int64_t size) {
+    return panels_size(size, feature_step(size), key_tile);
+}
+
+// The keys of a tile that a tile of queries may see at all, rounded outward to `key_grain`.
+struct KeyRange {
+    std::int64_t begin, end;
+};
+template <class T>
+FIVEDP_INLINE KeyRange seen_keys(const AttentionProblem& problem, const QueryTile<T>& tile, const KeyBlock<T>& block,
+                                 std::int64_t first, std::int64_t count) {
+    const auto unseen = [&](std::int64_t j) {
+        const IndexOf<T> position = block.position[first + j], document = block.document[first + j];
+        return sight<IndexOf<T>>(problem, tile.span, {position, position, document, document}) == Sight::none;
+    };
+    KeyRange range = {0, count};
+    while (range.begin < range.end && unseen(range.begin)) ++range.begin;
+    while (range.begin < range.end && unseen(range.end - 1)) --range.end;
+    range.begin = range.begin / key_grain * key_grain;
+    const std::int64_t end = round_up(range.end, key_grain);
+    range.end = end < count ? end : count;
+    return range;
 }
 
 static constexpr double log2_of_e = 1.4426950408889634074;
@@ -314,20 +437,39 @@ FIVEDP_INLINE bool sees(const AttentionProblem& problem, const QueryTile<T>& til
            !(problem.window > 0 && (apart >= problem.window || (!problem.causal && -apart >= problem.window)));
 }
 
-// sums[r] += sum over visible keys j of factors[j][r] * rows[j], or, with `keys`, sums[j] += sum over lanes r that see
-// it of factors[j][r] * rows[r]: `small_product` one visible pair at a time, with the same bits, for tiles in which 0
-// times a masked row would be NaN.
-template <class T, bool keys>
-FIVEDP_NOINLINE void add_visible(const AttentionProblem& problem, const QueryTile<T>& tile, const KeyBlock<T>& block,
-                                 std::int64_t begin, std::int64_t count, const T* factors, const T* rows, T* sums,
-                                 std::int64_t row_length) {
-    for (std::int64_t j = 0; j < count; ++j)
+// sums (size, lanes) += sum over the keys j that a lane sees of rows[j] * factors[j][lane]: `lane_product` one key at
+// a time, with the same bits, for tiles in which 0 times a masked row would be NaN.
+template <class T>
+FIVEDP_NOINLINE void add_visible_keys(const AttentionProblem& problem, const QueryTile<T>& tile,
+                                      const KeyBlock<T>& block, std::int64_t first, KeyRange keys, const T* factors,
+                                      const T* rows, std::int64_t row_length, std::int64_t size, T* sums) {
+    for (std::int64_t j = keys.begin; j < keys.end; ++j)
+        for (int v = 0; v < tile.vectors; ++v) {
+            const Vec<IndexOf<T>> seen =
+                visible<T>(problem, tile, v, block.position[first + j], block.document[first + j]);
+            const Vec<T> factor = load<Vec<T>>(factors + j * lane_count<T> + v * lanes<T>);
+            for (std::int64_t i = 0; i < size; ++i) {
+                T* const to = sums + i * lane_count<T> + v * lanes<T>;
+                const Vec<T> sum = load<Vec<T>>(to);
+                store(to, seen ? fused(broadcast<T>(rows[j * row_length + i]), factor, sum) : sum);
+            }
+        }
+}
+
+// sums (keys, size) += sum over the lanes r that see a key j of factors[j][r] * rows[r]: `column_product` likewise.
+template <class T>
+FIVEDP_NOINLINE void add_visible_lanes(const AttentionProblem& problem, const QueryTile<T>& tile,
+                                       const KeyBlock<T>& block, std::int64_t first, KeyRange keys, const T* factors,
+                                       const T* rows, std::int64_t size, T* sums) {
+    for (std::int64_t j = keys.begin; j < keys.end; ++j)
         for (std::int64_t r = 0; r < tile.rows; ++r) {
-            if (!sees<T>(problem, tile, r, block.position[begin + j], block.document[begin + j])) continue;
+            if (!sees<T>(problem, tile, r, block.position[first + j], block.document[first + j])) continue;
             const Vec<T> factor = broadcast<T>(factors[j * lane_count<T> + r]);
-            const T* const from = rows + (keys ? r : j) * row_length;
-            T* const to = sums + (keys ? j : r) * row_length;
-            for (std::int64_t i = 0; i < row_length; i += lanes<T>)
-                store(to + i, fused(factor, load<Vec<T>>(from + i), load<Vec<T>>(to + i)));
+            for (std::int64_t i = 0; i < column_size<T>(size); i += lanes<T>) {
+                const std::int64_t column = i / lane_count<T>, at = i % lane_count<T>;
+                const T* const from = rows + (column * lane_count<T> + r) * lane_count<T> + at;
+                T* const to = sums + (column * key_tile + j) * lane_count<T> + at;
+                store(to, fused(factor, load<Vec<T>>(from), load<Vec<T>>(to)));
+            }
         }
 }

@@ -3,6 +3,8 @@
 //     FIVEDP_ISA            the namespace and the name
 //     FIVEDP_VECTOR_BYTES   width of a vector
 //     FIVEDP_TILE_ROWS      rows of the register tile
+//     FIVEDP_ATTENTION_ROWS, FIVEDP_ATTENTION_VECTORS
+//                           rows and vectors of attention's register tile over lanes of queries
 //     FIVEDP_BF16_PAIRS     defined where an instruction multiplies pairs of bfloat16
 //
 // and is compiled with that instruction set's flags. Everything lies in a namespace of the same name, inside an unnamed
@@ -62,7 +64,7 @@ constexpr GemmKernel gemm_kernel() {
 
 template <class T>
 constexpr AttentionKernel attention_kernel() {
-    return {attention_rows_per_chunk, &attention_forward_bytes<T>, &attention_forward<T>, &attention_backward_bytes<T>,
+    return {attention_rows_per_chunk, lane_count<T>, &attention_forward_bytes<T>, &attention_forward<T>, &attention_backward_bytes<T>,
             &attention_backward<T>};
 }
 
