@@ -6,8 +6,8 @@
 //             for each key tile that the mask leaves something of:
 //                 weights = 2^(K q^T - log_sum)                (keys, lanes)
 //                 d_logits = weights * (V d_out^T - delta)     (keys, lanes)
-//                 d_v += weights d_out,  d_k += d_logits q             (keys, features), register tiles of keys and columns
-//                 d_q += K^T d_logits                                  (features, lanes)
+//                 d_v += weights d_out,  d_k += d_logits q             (keys, features), register tiles of keys and
+//                 columns d_q += K^T d_logits                                  (features, lanes)
 //
 // FLOPs: 2 (3 size + 2 v_size) a visible pair and head. d_q, d_k and d_v are sums of the type of sums and are added to,
 // keys in rising order for d_q, queries in rising order for d_k and d_v: an element's sum is one chain, however the
@@ -61,7 +61,7 @@ FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& proble
 template <class T>
 FIVEDP_NOINLINE std::int64_t attention_backward_bytes(const AttentionProblem& problem) {
     const std::int64_t group = problem.heads / problem.kv_heads;
-    return backward_scratch<T>(problem, attention_rows_per_chunk + lane_count<T> + group, nullptr).bytes;
+    return backward_scratch<T>(problem, backward_rows + lane_count<T> + group, nullptr).bytes;
 }
 
 // weights (in place of the logits) and d_logits (in place of V d_out^T), of a key tile; masked pairs are 0 in both.
@@ -197,8 +197,8 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
                 }
                 KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
                 if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
-                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size,
-                                keys.begin, keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
+                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size, keys.begin,
+                                keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
                 lane_product<T>(tile.vectors, s.value_panels + k * key_panels_size<T>(v_size), panel_rows, v_size,
                                 keys.begin, keys.end, 0, v_size, s.gradients + row * v_size, s.d_logits, Start::zero,
                                 nullptr);

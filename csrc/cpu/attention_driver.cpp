@@ -122,16 +122,19 @@ char* row_of(const TokenView& view, std::int64_t batch, std::int64_t token, std:
     return view.data + batch * view.batch_stride + token * view.token_stride + head * view.head_stride;
 }
 
-// Calls row(batch, query, head, flat) for every row of the state.
+// Calls row(batch, query, head, flat) for every row of the state, in the order of memory: heads lie within tokens.
 template <class Row>
 void each_row(const AttentionProblem& problem, const Row& row) {
+    constexpr std::int64_t queries_per_slice = 64;
+    const std::int64_t slices = (problem.n_queries + queries_per_slice - 1) / queries_per_slice;
     const auto slice = [&](std::int64_t index, char*) {
-        const std::int64_t batch = index / problem.heads, head = index % problem.heads;
-        for (std::int64_t query = 0; query < problem.n_queries; ++query)
-            row(batch, query, head, index * problem.n_queries + query);
+        const std::int64_t batch = index / slices, begin = index % slices * queries_per_slice;
+        for (std::int64_t query = begin; query < std::min(begin + queries_per_slice, problem.n_queries); ++query)
+            for (std::int64_t head = 0; head < problem.heads; ++head)
+                row(batch, query, head, (batch * problem.heads + head) * problem.n_queries + query);
     };
     const double elements = static_cast<double>(problem.n_queries) * problem.v_size * problem.batch * problem.heads;
-    on_threads(elements < smallest_parallel_elements ? 1 : thread_count(), problem.batch * problem.heads, 64, slice);
+    on_threads(elements < smallest_parallel_elements ? 1 : thread_count(), problem.batch * slices, 64, slice);
 }
 
 template <class T, class Stored>
@@ -169,7 +172,7 @@ void delta_of(const AttentionProblem& problem, const TokenView& output, T* delta
 void run_attention_forward(const AttentionProblem& problem) {
     const AttentionKernel& kernel = kernel_of(problem);
     const int threads = threads_for(problem);
-    std::int64_t rows = kernel.rows_per_chunk;
+    std::int64_t rows = kernel.forward_rows;
     // Enough ranges for all threads, but none of so few rows that packing the keys outweighs using them.
     while (threads > 1 && rows > 128 && static_cast<int>(ranges_of(problem, rows).size()) < 4 * threads) rows /= 2;
     const std::vector<AttentionRange> ranges = ranges_of(problem, rows);
@@ -181,7 +184,7 @@ void run_attention_forward(const AttentionProblem& problem) {
 
 void run_attention_backward(const AttentionProblem& problem) {
     const AttentionKernel& kernel = kernel_of(problem);
-    const std::int64_t queries = queries_per_range(problem, kernel.rows_per_chunk);
+    const std::int64_t queries = queries_per_range(problem, kernel.backward_rows);
     // One thread a key head: d_k and d_v are sums over queries in rising order.
     on_threads(threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem),
                [&](std::int64_t index, char* memory) {

@@ -17,8 +17,8 @@
 template <class T>
 struct ForwardScratch {
     std::int64_t rows, tiles;
-    T *queries, *output, *highest, *total;       // of the range: (tiles, size, lanes) twice, (tiles, lanes) twice
-    T *key_panels, *value_panels;                // of a block: of its key tiles, one after the other
+    T *queries, *output, *highest, *total;         // of the range: (tiles, size, lanes) twice, (tiles, lanes) twice
+    T *key_panels, *value_panels;                  // of a block: of its key tiles, one after the other
     T *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels and lanes
     T* weights;
     QueryTile<T>* tile;
@@ -62,12 +62,13 @@ FIVEDP_INLINE ForwardScratch<T> forward_scratch(const AttentionProblem& problem,
     return s;
 }
 
-static constexpr std::int64_t attention_rows_per_chunk = 1152;
+// Query rows of a range. Keys are packed once for each range; what the backward keeps of a range should stay in cache.
+static constexpr std::int64_t forward_rows = 1152, backward_rows = 576;
 
 template <class T>
 FIVEDP_NOINLINE std::int64_t attention_forward_bytes(const AttentionProblem& problem) {
     const std::int64_t group = problem.heads / problem.kv_heads;
-    return forward_scratch<T>(problem, attention_rows_per_chunk + lane_count<T> + group, nullptr).bytes;
+    return forward_scratch<T>(problem, forward_rows + lane_count<T> + group, nullptr).bytes;
 }
 
 // Rows [first, first + rows) of a range as (size, lanes), scaled; lanes without a row are zero. `staged` is left with
@@ -214,8 +215,8 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
                 KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
                 if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
                 const std::int64_t count = keys.end - keys.begin;
-                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size,
-                                keys.begin, keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
+                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size, keys.begin,
+                                keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
                 T factor[lane_count<T>];
                 const bool rescale = weigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.highest + row,
                                               s.total + row, factor);

@@ -44,8 +44,8 @@ struct AttentionRange {
 };
 
 struct AttentionKernel {
-    std::int64_t rows_per_chunk;  // query rows (heads times queries) that a range should have at most
-    std::int64_t lanes;           // query rows that are computed together
+    std::int64_t forward_rows, backward_rows;  // query rows (heads times queries) that a range should have at most
+    std::int64_t lanes;                        // query rows that are computed together
     std::int64_t (*forward_bytes)(const AttentionProblem& problem);
     void (*forward)(const AttentionProblem& problem, const AttentionRange& range, char* scratch);
     std::int64_t (*backward_bytes)(const AttentionProblem& problem);

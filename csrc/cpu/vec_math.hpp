@@ -59,7 +59,7 @@ FIVEDP_INLINE Vec<T> exp2(Vec<T> x) {
         return (Vec<T>)_mm512_maskz_scalef_pd(kept, (__m512d)sum, (__m512d)n);
     }
 #else
-    using Bits = std::make_unsigned_t<IndexOf<T>>;
+    using Bits = std::make_unsigned_t<IndexOf<T> >;
     constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
     const Vec<T> scaled = (Vec<T>)((Vec<Bits>)sum + ((Vec<Bits>)shifted << mantissa));
     // 0 * x is added for NaN, whose bits the sum above may have made a number.
@@ -72,19 +72,19 @@ template <class T>
 static constexpr int expm1_terms = sizeof(T) == 4 ? 8 : 14;
 template <class T>
 static constexpr T expm1_coefficient[14] = {T(1.0),
-                                           T(0.69314718055994530942),
-                                           T(0.24022650695910071233),
-                                           T(0.055504108664821579953),
-                                           T(0.0096181291076284771619),
-                                           T(0.0013333558146428443423),
-                                           T(0.00015403530393381609954),
-                                           T(1.5252733804059840280e-5),
-                                           T(1.3215486790144309488e-6),
-                                           T(1.0178086009239699728e-7),
-                                           T(7.0549116208011233299e-9),
-                                           T(4.4455382718708114976e-10),
-                                           T(2.5678435993488205142e-11),
-                                           T(1.3691488853904128881e-12)};
+                                            T(0.69314718055994530942),
+                                            T(0.24022650695910071233),
+                                            T(0.055504108664821579953),
+                                            T(0.0096181291076284771619),
+                                            T(0.0013333558146428443423),
+                                            T(0.00015403530393381609954),
+                                            T(1.5252733804059840280e-5),
+                                            T(1.3215486790144309488e-6),
+                                            T(1.0178086009239699728e-7),
+                                            T(7.0549116208011233299e-9),
+                                            T(4.4455382718708114976e-10),
+                                            T(2.5678435993488205142e-11),
+                                            T(1.3691488853904128881e-12)};
 
 // tanh(y), y limited to where it is 1 anyway: with e = exp(2 y), 1 - 2 / (e + 1), and where that would cancel,
 // (e - 1) / (e + 1) with the series of e - 1.
