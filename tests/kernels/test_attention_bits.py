@@ -207,7 +207,7 @@ def test_any_cuts_give_the_bits_of_the_plain_call(
 
 PROGRAM = """
 import hashlib, sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 import numpy as np
 from attention_operands import backward, draw_case, forward
 from kernel_operands import REAL_TYPES, bits
@@ -233,9 +233,10 @@ for dtype in REAL_TYPES:
 
 def test_all_supported_sets_give_the_same_bits(seed: int) -> None:
     here = os.path.dirname(os.path.abspath(__file__))
+    folders = [here, os.path.dirname(here)]
     found = {}
     for isa in gemm.supported_isas():
-        command = [sys.executable, "-c", PROGRAM, str(seed), here]
+        command = [sys.executable, "-c", PROGRAM, str(seed), *folders]
         environment = {**os.environ, "FIVEDP_ISA": isa}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr

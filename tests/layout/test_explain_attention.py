@@ -23,10 +23,14 @@ def test_a_full_ring_sends_every_block_to_every_other_rank() -> None:
     assert price("ring", itemsize=2).backward == (2 + 4) * elements
 
 
-def test_a_causal_contiguous_ring_sends_half_and_documents_on_one_rank_nothing() -> None:
+def test_a_causal_ring_sends_what_is_seen_and_documents_on_one_rank_nothing() -> None:
     full = price("ring").forward
     assert price("ring", causal=True, layout="contiguous").forward == full // 2
-    assert price("ring", causal=True, layout="zigzag").forward == full
+    # Later ranks see the first half of a share, earlier ones all of it.
+    assert price("ring", causal=True, layout="zigzag").forward == full * 3 // 4
+    # Striped, an earlier rank does not see the last token of a later one.
+    striped = sum(16 if r > s else 15 for r in range(4) for s in range(4) if r != s)
+    assert price("ring", causal=True, layout="striped").forward == full * striped // (12 * 16)
     documents = {name: (1, *shape[1:]) for name, shape in SHAPES.items()}
     prices = attention_prices(documents, 4, layout="contiguous", cu_seqlens=(0, 16, 32, 48, 64))
     assert prices[0].name == "ring"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fivedp.layout.sequence import LAYOUTS, Tokens, any_visible, join, place, reading_order, token_indices
+from fivedp.layout.sequence import LAYOUTS, Tokens, join, place, reading_order, seen_span, seen_spans, token_indices
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -51,7 +49,7 @@ def test_reading_order_sorts_by_document_and_position() -> None:
     causal=st.booleans(),
     window=st.integers(0, 20),
 )
-def test_any_visible_is_what_looking_at_every_pair_finds(
+def test_the_seen_span_is_what_looking_at_every_pair_finds(
     queries: list[tuple[int, int]], keys: list[tuple[int, int]], causal: bool, window: int
 ) -> None:
     def sees(query: tuple[int, int], key: tuple[int, int]) -> bool:
@@ -63,12 +61,23 @@ def test_any_visible_is_what_looking_at_every_pair_finds(
         documents, positions = ([pair[i] for pair in pairs] for i in (0, 1))
         return Tokens(np.array(positions, np.int32), np.array(documents, np.int32))
 
-    wanted = any(sees(query, key) for query, key in itertools.product(queries, keys))
-    assert any_visible(tokens(queries), tokens(keys), causal, window) == wanted
+    seen = [number for number, key in enumerate(keys) if any(sees(query, key) for query in queries)]
+    wanted = (seen[0], seen[-1] + 1) if seen else (0, 0)
+    assert seen_span(tokens(queries), tokens(keys), causal, window) == wanted
+
+
+def test_under_a_causal_mask_later_ranks_of_a_zigzag_see_the_first_half_of_a_share() -> None:
+    ranks = tuple(place(token_indices("zigzag", 24, 3, part), None) for part in range(3))
+    assert seen_spans(ranks, ranks, True, 0) == (
+        ((0, 8), (0, 8), (0, 8)),
+        ((0, 4), (0, 8), (0, 8)),
+        ((0, 4), (0, 4), (0, 8)),
+    )
 
 
 def test_positions_near_the_largest_are_seen() -> None:
     high = np.array([2**31 - 2])
-    assert any_visible(place(high, None), place(high, None), True, 1)
-    assert not any_visible(place(np.array([0]), None), place(high, None), True, 0)
-    assert any_visible(place(np.array([0]), None), place(high, None), False, 0)
+    first, last = place(np.array([0]), None), place(high, None)
+    assert seen_span(last, last, True, 1) == (0, 1)
+    assert seen_span(first, last, True, 0) == (0, 0)
+    assert seen_span(first, last, False, 0) == (0, 1)

@@ -42,7 +42,7 @@ def test_long_blocks_through_window_and_messages(
     judge(case, case.run(apart), apart)
 
 
-def test_blocks_that_nobody_sees_are_not_sent(comm: MPI.Intracomm, seed: int) -> None:
+def test_keys_that_nobody_sees_are_not_sent(comm: MPI.Intracomm, seed: int) -> None:
     rng = np.random.default_rng(seed)
     p, block = comm.size, 32
     traffic = grid_of(comm).traffic
@@ -61,7 +61,9 @@ def test_blocks_that_nobody_sees_are_not_sent(comm: MPI.Intracomm, seed: int) ->
     causal = plain(rng, block * p, layout="contiguous", causal=True)
     assert sent(causal) == p * (p - 1) // 2 * size_of
     window = plain(rng, block * p, layout="contiguous", causal=True, window=block)
-    assert sent(window) == (p - 1) * size_of
+    assert sent(window) == (p - 1) * size_of // block * (block - 1)  # all but the first key of the block before
+    zigzag = plain(rng, block * p, layout="zigzag", causal=True)
+    assert sent(zigzag) == p * (p - 1) // 2 * (size_of + size_of // 2)  # halves to later ranks
     documents = plain(rng, block * p, layout="contiguous", cu_seqlens=np.arange(p + 1) * block)
     assert sent(documents) == 0
 

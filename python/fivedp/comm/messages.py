@@ -138,6 +138,7 @@ class Mailbox:
         self.pool: BufferPool = grid.cache.setdefault("buffer_pool", BufferPool())
         self._sent: list[_Sent] = []
         self._boxes: dict[tuple[Any, ...], _Box] = {}
+        self._placed: list[tuple[int, int]] = []
         self._receiving: list[Receipt] = []
         self._first_tag = tag_number(group, 0)
 
@@ -160,6 +161,18 @@ class Mailbox:
                 return Workspace(self._window.array(extent, shape, dtype), extent=extent)
         array, buffer = self.pool.take(shape, dtype)
         return Workspace(array, buffer=buffer)
+
+    def place(self, array: Array) -> Array:
+        """The array, or a copy of it in the shared window until the call ends: for sending parts of it that overlap."""
+        if self._window is None or array.nbytes < shared_window.MIN_BYTES:
+            return array
+        extent = self._window.take(array.nbytes)
+        if extent is None:
+            return array
+        self._placed.append(extent)
+        copy = self._window.array(extent, array.shape, array.dtype)
+        copy[...] = array
+        return copy
 
     def give_workspace(self, workspace: Workspace) -> None:
         """Return a workspace of which every message has been received."""
@@ -328,6 +341,14 @@ class Mailbox:
             self._window.acknowledge(receipt.peer, receipt.cell)
             receipt.cell = None
 
+    def close(self) -> None:
+        """Wait until every message has been received, and return what was placed in the window."""
+        self.flush()
+        for extent in self._placed:
+            assert self._window is not None
+            self._window.give(extent)
+        self._placed = []
+
     def abandon(self) -> None:
         """The call has failed: take back the receives, and keep for good the memory that MPI may still touch."""
         for receipt in self._receiving:
@@ -349,7 +370,7 @@ def mailbox(group: Group, what: str, xp: Any) -> Iterator[Mailbox]:
     mail = Mailbox(group, what, xp)
     try:
         yield mail
-        mail.flush()
+        mail.close()
     except BaseException as failure:
         mail.abandon()
         group.grid.watchdog.fail(failure)

@@ -125,10 +125,11 @@ def join(states: Sequence[State]) -> State:
     highest = np.maximum.reduce([state.highest for state in states])
     from_here = np.where(np.isneginf(highest), 0, highest)
     total, output = np.zeros_like(highest), np.zeros_like(states[0].output)
-    for state in states:
-        factor = np.exp2(state.highest - from_here)
-        total += factor * state.total
-        output += factor.transpose(0, 2, 1)[..., None] * state.output
+    with np.errstate(invalid="ignore"):  # infinite logits give NaN, as on one rank
+        for state in states:
+            factor = np.exp2(state.highest - from_here)
+            total += factor * state.total
+            output += factor.transpose(0, 2, 1)[..., None] * state.output
     return State(highest, total, output)
 
 

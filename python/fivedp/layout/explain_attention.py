@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fivedp.errors import LayoutError, ShapeError
-from fivedp.layout.sequence import LAYOUTS, HeadCut, Tokens, join, place, token_indices, who_sees
+from fivedp.layout.sequence import LAYOUTS, HeadCut, Tokens, join, place, seen_spans, token_indices
 
 Shape = tuple[int, int, int, int]
 
@@ -78,11 +78,11 @@ def attention_prices(
                 back += q * (v_size * itemsize + sums)
                 there_b += (q * (size + v_size) + k * (size + v_size)) * itemsize + 2 * q * sums
                 back_b += q * size * itemsize + k * (size + v_size) * (sums if replicated else itemsize)
-        # Round the ring: a block's keys of a rank's heads, to every rank that sees any of them.
+        # Round the ring: of a block's keys of a rank's heads, to every other block the range that it sees.
         q_blocks = tuple(join([queries[r] for r in block]) for block in blocks)
         k_blocks = tuple(join([keys[r] for r in block]) for block in blocks)
-        sees = who_sees(q_blocks, k_blocks, causal, window or 0)
-        moved = sum(len(k_blocks[s]) for r in range(len(blocks)) for s in range(len(blocks)) if r != s and sees[r][s])
+        spans = seen_spans(q_blocks, k_blocks, causal, window or 0)
+        moved = sum(end - begin for r, row in enumerate(spans) for s, (begin, end) in enumerate(row) if r != s)
         kept = sum(_held(cut, heads // kv_heads, replicated) for cut in cuts)
         elements = batch * moved * kept * (size + v_size)
         prices.append(

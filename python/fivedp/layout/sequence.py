@@ -20,6 +20,7 @@ from fivedp.layout.shares import border, share
 
 LAYOUTS = ("zigzag", "striped", "contiguous")
 Indices = npt.NDArray[np.int64]
+Span = tuple[int, int]
 
 
 def token_indices(layout: str, length: int, parts: int, part: int) -> Indices:
@@ -44,6 +45,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.position)
 
+    def part(self, span: Span) -> Tokens:
+        """The tokens of a range."""
+        return self if span == (0, len(self)) else Tokens(self.position[slice(*span)], self.document[slice(*span)])
+
 
 def place(indices: Indices, offsets: Sequence[int] | None) -> Tokens:
     """The tokens at `indices` of a sequence, or of packed documents that begin at `offsets` (and end at the last)."""
@@ -64,24 +69,41 @@ def reading_order(tokens: Tokens) -> Indices:
     return np.lexsort((tokens.position, tokens.document)).astype(np.int64)
 
 
-def any_visible(queries: Tokens, keys: Tokens, causal: bool, window: int) -> bool:
-    """Whether any of the queries sees any of the keys: same document, j <= i if causal, and within the window."""
+_SPREAD = np.int64(1) << 33  # more than any difference of positions
+
+
+def seen_span(queries: Tokens, keys: Tokens, causal: bool, window: int) -> Span:
+    """The shortest range [begin, end) of the keys that holds all those which any of the queries sees; (0, 0) if none.
+
+    A query sees the keys of its document with j <= i if causal, and within the window.
+    """
+    return _seen_span(_numbers(queries), keys, causal, window)
+
+
+def _numbers(tokens: Tokens) -> Indices:
+    """A number for each token, sorted: positions of different documents are far apart."""
+    return np.sort(tokens.document * _SPREAD + tokens.position)
+
+
+def _seen_span(queries: Indices, keys: Tokens, causal: bool, window: int) -> Span:
     if not len(queries) or not len(keys):
-        return False
-    spread = np.int64(1) << 33  # more than any difference of positions
-    ordered = np.sort(keys.document * spread + keys.position)
-    i, base = queries.position.astype(np.int64), queries.document * spread
-    low = i - window + 1 if window else np.zeros_like(i)
-    high = i if causal else (i + window - 1 if window else np.full_like(i, spread // 2))
-    first = np.searchsorted(ordered, base + np.maximum(low, 0), side="left")
-    return bool((first < np.searchsorted(ordered, base + high, side="right")).any())
+        return (0, 0)
+    # The positions of the queries that see a key, both ends included.
+    j = keys.position.astype(np.int64)
+    low = j if causal else (np.maximum(j - window + 1, 0) if window else np.zeros_like(j))
+    high = j + window - 1 if window else np.full_like(j, _SPREAD // 2)
+    base = keys.document * _SPREAD
+    first = np.searchsorted(queries, base + low, side="left")
+    seen = np.flatnonzero(first < np.searchsorted(queries, base + high, side="right"))
+    return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
 
 
-def who_sees(
+def seen_spans(
     queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
-) -> tuple[tuple[bool, ...], ...]:
-    """[r][s]: whether any of the queries of r sees any of the keys of s."""
-    return tuple(tuple(any_visible(q, k, causal, window) for k in keys) for q in queries)
+) -> tuple[tuple[Span, ...], ...]:
+    """[r][s]: the range of the keys of s that the queries of r see."""
+    sorted_queries = [_numbers(q) for q in queries]
+    return tuple(tuple(_seen_span(numbers, k, causal, window) for k in keys) for numbers in sorted_queries)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels.attention import Mask, sum_type
 from fivedp.kernels.attention import delta as delta_of
-from fivedp.layout.sequence import LAYOUTS, Tokens, place, token_indices, who_sees
+from fivedp.layout.sequence import LAYOUTS, Span, Tokens, place, seen_spans, token_indices
 from fivedp.ops.arguments import Arguments, pack, unpack, verdict
 
 Array = Any
@@ -153,8 +153,8 @@ def read_options(operation: str, **given: Any) -> Options:
 class Part:
     """An attention between the tokens of a group of ranks: what the steps of a ring need to know.
 
-    `queries`, `keys` say where the tokens of every member are; `sees[r][s]` whether a query of member r sees a key of
-    member s.
+    `queries`, `keys` say where the tokens of every member are; `spans[r][s]` which range of the keys of member s the
+    queries of member r see, (0, 0) for none.
     """
 
     grid: RankGrid
@@ -167,8 +167,14 @@ class Part:
     v: Array
     queries: tuple[Tokens, ...]
     keys: tuple[Tokens, ...]
-    sees: tuple[tuple[bool, ...], ...]
+    spans: tuple[tuple[Span, ...], ...]
     slopes: tuple[float, ...] | None
+
+    def seen_keys(self, source: int) -> Tokens:
+        """The range of a member's keys that this member's queries see; of its own, all."""
+        if source == self.group.index:
+            return self.keys[source]
+        return self.keys[source].part(self.spans[self.group.index][source])
 
     def mask(self, queries: Tokens, keys: Tokens) -> Mask:
         """The kernel's mask between some queries and some keys."""
@@ -278,7 +284,7 @@ class AttentionCall:
         else:
             keys = _tokens(operation, "k", options.layout, self.k_lengths, None)[mine]
         self.keys = (keys,) * size
-        self.sees: tuple[tuple[bool, ...], ...] = ()
+        self.spans: tuple[tuple[Span, ...], ...] = ()
 
     def _place(self, keywords: dict[str, Any]) -> None:
         """Find out where the tokens of every rank are."""
@@ -301,9 +307,8 @@ class AttentionCall:
         else:
             self.keys = _tokens(operation, "k", options.layout, self.k_lengths, k_offsets)
         fixed = not (options.placed or options.kv_placed)
-        see = _who_sees_cached if fixed else who_sees
-        self.sees = see(self.queries, self.keys, options.causal, options.window or 0)
-        """sees[r][s]: whether a query of rank r sees a key of rank s."""
+        see = _seen_spans_cached if fixed else seen_spans
+        self.spans = see(self.queries, self.keys, options.causal, options.window or 0)
 
     def _exchange(self, mine: Array, lengths: tuple[int, ...]) -> tuple[Tokens, ...]:
         """Everybody's positions."""
@@ -336,24 +341,24 @@ class AttentionCall:
         """The attention between all ranks of the call."""
         return Part(
             self.grid, self.group, self.what, self.options, self.packed, self.q, self.k, self.v, self.queries,
-            self.keys, self.sees, self.options.alibi_slopes,
+            self.keys, self.spans, self.options.alibi_slopes,
         )  # fmt: skip
 
 
 _kept: dict[tuple[int, int, bool, int], Any] = {}
 
 
-def _who_sees_cached(
+def _seen_spans_cached(
     queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
-) -> tuple[tuple[bool, ...], ...]:
-    """`who_sees` for tokens that `_tokens` keeps: found again by their identity."""
+) -> tuple[tuple[Span, ...], ...]:
+    """`seen_spans` for tokens that `_tokens` keeps: found again by their identity."""
     key = (id(queries), id(keys), causal, window)
     found = _kept.get(key)
     if found is None or found[0] is not queries or found[1] is not keys:
         if len(_kept) >= 256:
             _kept.clear()
-        found = _kept[key] = (queries, keys, who_sees(queries, keys, causal, window))
-    result: tuple[tuple[bool, ...], ...] = found[2]
+        found = _kept[key] = (queries, keys, seen_spans(queries, keys, causal, window))
+    result: tuple[tuple[Span, ...], ...] = found[2]
     return result
 
 

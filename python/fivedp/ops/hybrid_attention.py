@@ -25,7 +25,7 @@ from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, mailbox
 from fivedp.errors import LayoutError
 from fivedp.kernels import attention as kernel
-from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order, who_sees
+from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order, seen_spans
 from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, with_defaults
 from fivedp.ops.matmul import share_cores
 from fivedp.ops.ring_attention import backward, forward
@@ -260,7 +260,7 @@ class _Exchange:
         slopes = options.alibi_slopes
         return Part(
             call.grid, places.ring, call.what, options, call.packed, q, k, v, queries, keys,
-            who_sees(queries, keys, options.causal, options.window or 0),
+            seen_spans(queries, keys, options.causal, options.window or 0),
             None if slopes is None else slopes[self.mine.begin : self.mine.end],
         )  # fmt: skip
 

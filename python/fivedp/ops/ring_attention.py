@@ -7,8 +7,9 @@ In step t a rank computes with the keys of rank r - t, while those of rank r - t
 The kernel's state (largest logit, sum of weights, weighted values) is carried through the steps unnormalised, so
 blocks are not merged and nothing is rounded between them; the division comes at the end (Liu, Zaharia and Abbeel, "Ring
 attention with blockwise transformers", 2023, with the state of Milakov and Gimelshein, 2018). A block goes straight
-from its owner to every rank whose queries see any of it, and to no other; on one node it is read where it lies. In the
-backward the gradients of a block go straight home, in the type of sums, and are added there in the order of steps.
+from its owner to every rank whose queries see any of it, cut to the range that they see; on one node it is read where
+it lies. In the backward the gradients of that range go straight home, in the type of sums, and are added there in the
+order of steps.
 
 With `order="canonical"` every rank gathers all keys and adds them in the order of the sequence; the backward gathers
 the queries as well, so that each gradient is one sum in that order. An element then has the same bits on any number of
@@ -17,7 +18,7 @@ ranks, for more memory and, in the backward, about twice the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace, mailbox
 from fivedp.kernels import attention as kernel
-from fivedp.layout.sequence import Tokens, join, reading_order
+from fivedp.layout.sequence import Span, Tokens, join, reading_order
 from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays
 from fivedp.ops.matmul import share_cores
 
@@ -187,39 +188,48 @@ def ring_attention_backward(
 
 
 class _Travel:
-    """Arrays of every rank's block on their way to the ranks that need them: (tag, array of this rank) each."""
+    """Arrays of every rank's block on their way to the ranks that need them: (tag, array of this rank) each.
+
+    `spans[r][s]` is the range of the tokens of member s that member r needs, (0, 0) for none.
+    """
 
     def __init__(
         self,
         part: Part,
         mail: Mailbox,
         arrays: dict[str, Array],
-        lengths: tuple[int, ...],
         axes: dict[str, int],
+        spans: Sequence[Sequence[Span]],
     ) -> None:
-        self.part, self.mail, self.arrays, self.lengths, self.axes = part, mail, arrays, lengths, axes
+        self.part, self.mail, self.arrays, self.axes, self.spans = part, mail, arrays, axes, spans
         self._under_way: dict[int, list[Receipt]] = {}
 
-    def send(self, needs: Callable[[int], bool]) -> None:
-        """Send this rank's block to every rank that needs it, the next one first."""
+    def send(self) -> None:
+        """Send every other rank what it needs of this rank's block, the next one first."""
         group = self.part.group
-        for step in range(1, group.size):
-            peer = (group.index + step) % group.size
-            if needs(peer):
-                for tag, array in self.arrays.items():
-                    self.mail.send(array, peer, TAGS[tag], 0)
+        peers = [(group.index + step) % group.size for step in range(1, group.size)]
+        needed = {peer: span for peer in peers if (span := self.spans[peer][group.index]) != (0, 0)}
+        if len(set(needed.values())) > 1:  # ranges of one copy
+            self.arrays = {tag: self.mail.place(array) for tag, array in self.arrays.items()}
+        for peer, span in needed.items():
+            for tag, array in self.arrays.items():
+                self.mail.send(self._range(tag, array, span), peer, TAGS[tag], 0)
+
+    def _range(self, tag: str, array: Array, span: Span) -> Array:
+        return array[(slice(None),) * self.axes[tag] + (slice(*span),)]
 
     def expect(self, source: int) -> None:
-        """Post the receives of a rank's block."""
+        """Post the receives of what this rank needs of a rank's block."""
         receipts = []
+        begin, end = self.spans[self.part.group.index][source]
         for tag, array in self.arrays.items():
             shape = list(array.shape)
-            shape[self.axes[tag]] = self.lengths[source]
+            shape[self.axes[tag]] = end - begin
             receipts.append(self.mail.receive(tuple(shape), array.dtype, source, TAGS[tag]))
         self._under_way[source] = receipts
 
     def block(self, source: int) -> list[Array]:
-        """The arrays of a rank's block, which has arrived when this returns."""
+        """What this rank needs of the arrays of a rank's block (of its own, all); it has arrived when this returns."""
         if source == self.part.group.index:
             return list(self.arrays.values())
         self.mail.wait(self._under_way[source])
@@ -231,10 +241,15 @@ class _Travel:
             self.mail.release(receipt)
 
 
-def _steps(part: Part) -> list[int]:
-    """The ranks whose keys this rank's queries see, itself first and then backwards round the ring."""
+def _keys_on_their_way(part: Part, mail: Mailbox) -> tuple[_Travel, list[int]]:
+    """Send what others see of this rank's keys; the ranks whose keys it sees, itself first, then backwards round."""
+    travel = _Travel(part, mail, {"A": part.k, "B": part.v}, {"A": 1, "B": 1}, part.spans)
+    travel.send()
     mine, size = part.group.index, part.group.size
-    return [s for step in range(size) if part.sees[mine][s := (mine - step) % size]]
+    steps = [s for step in range(size) if part.spans[mine][s := (mine - step) % size] != (0, 0)]
+    if steps and steps[0] != mine:
+        travel.expect(steps[0])
+    return travel, steps
 
 
 def forward(part: Part, mail: Mailbox, out: Array) -> Array:
@@ -245,16 +260,12 @@ def forward(part: Part, mail: Mailbox, out: Array) -> Array:
         keys, (k, v) = _gather(part, mail, {"A": (part.k, 1), "B": (part.v, 1)}, part.keys)
         kernel.forward(part.q, k, v, part.mask(part.queries[mine], keys), state)
         return kernel.finish(state, out)
-    travel = _Travel(part, mail, {"A": part.k, "B": part.v}, tuple(map(len, part.keys)), {"A": 1, "B": 1})
-    travel.send(lambda peer: part.sees[peer][mine])
-    steps = _steps(part)
-    if steps and steps[0] != mine:
-        travel.expect(steps[0])
+    travel, steps = _keys_on_their_way(part, mail)
     for step, source in enumerate(steps):
         if step + 1 < len(steps):
             travel.expect(steps[step + 1])
         k, v = travel.block(source)
-        kernel.forward(part.q, k, v, part.mask(part.queries[mine], part.keys[source]), state)
+        kernel.forward(part.q, k, v, part.mask(part.queries[mine], part.seen_keys(source)), state)
         travel.release(source)
     return kernel.finish(state, out)
 
@@ -268,24 +279,21 @@ def backward(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> 
 def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
     mine, size, sums = part.group.index, part.group.size, lse.dtype
     dq, dk, dv = (np.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
-    travel = _Travel(part, mail, {"A": part.k, "B": part.v}, tuple(map(len, part.keys)), {"A": 1, "B": 1})
-    travel.send(lambda peer: part.sees[peer][mine])
-    coming = _steps(part)
-    if coming and coming[0] != mine:
-        travel.expect(coming[0])
+    travel, coming = _keys_on_their_way(part, mail)
     spaces: list[Workspace] = []
     for step in range(size):
         # At distance `step`, this rank helps `source`, and `helper` helps this rank. What is awaited at a distance is
         # sent before anything is awaited at that distance, so no circle of waits can close.
         source, helper = (mine - step) % size, (mine + step) % size
-        helped = step > 0 and part.sees[helper][mine]
-        gifts = [mail.receive(d.shape, sums, helper, tag) for d, tag in zip((dk, dv), _HOME, strict=True) if helped]
-        if part.sees[mine][source]:
+        begin, end = part.spans[helper][mine] if step else (0, 0)
+        helped = [d[:, begin:end] for d in (dk, dv) if begin < end]
+        gifts = [mail.receive(d.shape, sums, helper, tag) for d, tag in zip(helped, _HOME, strict=False)]
+        if source in coming:
             place = coming.index(source)
             if place + 1 < len(coming):
                 travel.expect(coming[place + 1])
             k, v = travel.block(source)
-            mask = part.mask(part.queries[mine], part.keys[source])
+            mask = part.mask(part.queries[mine], part.seen_keys(source))
             if source == mine:
                 kernel.backward(do, part.q, k, v, mask, lse, delta, dq, dk, dv)
             else:
@@ -299,9 +307,9 @@ def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Arra
                 travel.release(source)
                 for space, tag in zip(spaces, _HOME, strict=True):
                     mail.send(space.array, source, tag, step)
-        if helped:
+        if gifts:
             mail.wait(gifts)
-            for d, gift in zip((dk, dv), gifts, strict=True):
+            for d, gift in zip(helped, gifts, strict=True):
                 d += gift.array
                 mail.release(gift)
     mail.flush()
@@ -328,10 +336,11 @@ def _gather(
     part: Part, mail: Mailbox, arrays: dict[str, tuple[Array, int]], tokens: tuple[Tokens, ...]
 ) -> tuple[Tokens, list[Array]]:
     """The tokens of all ranks in the order of the sequence, and arrays with an element per token: (array, axis)."""
-    travel = _Travel(part, mail, {tag: array for tag, (array, _) in arrays.items()}, tuple(map(len, tokens)),
-                     {tag: axis for tag, (_, axis) in arrays.items()})  # fmt: skip
-    travel.send(lambda peer: True)
     everyone = range(part.group.size)
+    everything = [[(0, len(t)) for t in tokens]] * part.group.size
+    travel = _Travel(part, mail, {tag: array for tag, (array, _) in arrays.items()},
+                     {tag: axis for tag, (_, axis) in arrays.items()}, everything)  # fmt: skip
+    travel.send()
     for source in everyone:
         if source != part.group.index:
             travel.expect(source)
