@@ -1,6 +1,6 @@
 """Every figure that docs/benchmarks.md shows, measured one after the other and written to bench/results.
 
-    python bench/acceptance.py --machine zen3-2core            about half an hour on two quiet cores
+    python bench/acceptance.py --machine zen3-2core            about 50 minutes on two quiet cores
     python bench/acceptance.py --machine zen3-2core --only peers
 
 The name of the machine goes into the names of the files: a kind of machine, not a host. Run it alone: the ratios bear
@@ -43,7 +43,7 @@ def parts(cores: int, size: int) -> dict[str, list[str]]:
                   "--cores", str(cores)],
         "attention": [sys.executable, str(HERE / "peers" / "compare.py"), "--suite", "attention", "--size", str(size),
                       "--cores", str(cores)],
-        "long-context": [*launcher(crowd), str(HERE / "long_context.py")],
+        "long-context": [*launcher(8), str(HERE / "long_context.py")],
         "regret": [*launcher(several), str(HERE / "schedules.py"), "regret"],
         "decode": [*launcher(crowd), str(HERE / "schedules.py"), "decode"],
         "overhead": [*launcher(cores), str(HERE / "overhead.py")],

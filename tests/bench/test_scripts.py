@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -250,3 +251,16 @@ def test_long_context_prints_memory_of_all_ranks_and_the_error(tmp_path: Path) -
     assert 0 < increase["measured"] < whole["measured"] < 2
     assert 1e9 * whole["measured"] < whole["resident"]  # pages that ranks share were counted once
     assert 0 < error["measured"] < 4
+
+
+def test_a_part_of_a_contest_is_measured_again_and_the_others_are_kept(peers: Any, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    for titles in ("window", "full, 16 documents", "window"):
+        words = ["--suite", "attention-threads", "--size", "64", "--rounds", "1", "--without", "torch_sdpa", "--only",
+                 titles, "--json", str(file), "--add"]  # fmt: skip
+        subprocess.run([sys.executable, BENCH / "peers" / "compare.py", *words], check=True, timeout=120)
+    result = json.loads(file.read_text())
+    assert ["documents" in c["title"] for c in result["contests"]] == [True, False]
+    tables = load(BENCH / "tables.py")
+    assert "kernels" in tables.setting(result)
+    assert tables.peers(result).startswith("| what | shape |")
