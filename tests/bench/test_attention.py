@@ -234,6 +234,7 @@ def test_quick_run_covers_every_way_mask_model_and_type() -> None:
         (("--spec", "row"), "belongs to gemm"),
         (("--way", "decode", "--order", "canonical"), "of every kind"),
         (("--reference", "numpy"), "give torch"),
+        (("--window", "0"), "--window is 0; give at least 1"),
         (("--shape", "2x8x2x2x4", "--mask", "documents"), "no batch"),
     ],
 )

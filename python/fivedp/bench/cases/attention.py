@@ -256,6 +256,9 @@ def select(options: Any) -> list[Case]:
     """The cases that the command line asks for."""
     if options.order and options.order not in ORDERS:
         raise ValueError(f"--order {options.order} is not one of attention, which has {', '.join(ORDERS)}")
+    for name in ("window", "documents"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; give at least 1")
     if options.reference == "numpy" and options.kernel == "attention":
         raise ValueError("--reference numpy has no attention; give torch")
     dtypes: list[str] = options.dtype or list(DTYPES[:2])
