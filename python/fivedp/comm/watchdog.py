@@ -328,8 +328,9 @@ def watch_process(watchdog: Watchdog) -> None:
 
 def _say_farewell() -> None:
     if not MPI.Is_finalized():
-        if any(watchdog.broken is not None for watchdog in _watched):
-            # A call ended halfway; MPI may wait for ever for the rest of its messages. It gets some seconds.
-            faulthandler.dump_traceback_later(3 * _FAREWELL_S, exit=True)
         for watchdog in _watched:
             watchdog.farewell()
+        if any(watchdog.broken is not None for watchdog in _watched):
+            # A call ended halfway; MPI may wait for ever for the rest of its messages. It gets some seconds, counted
+            # from here: the farewells end by themselves, and of many grids on busy cores they take as long.
+            faulthandler.dump_traceback_later(4 * _FAREWELL_S, exit=True)
