@@ -12,7 +12,7 @@ from mpi4py import MPI
 import fivedp
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
-from mpi_attention import DTYPES, LAYOUTS, RESULTS, Case, collected, judge
+from mpi_attention import BFLOAT16, DTYPES, LAYOUTS, RESULTS, Case, collected, judge
 
 RANKS = (1, 2, 3, 5, 8)
 TIMEOUT = 300
@@ -87,7 +87,8 @@ def test_error_does_not_grow_with_the_ranks(comm: MPI.Intracomm, seed: int, dtyp
     for name, x, y, exact in zip(RESULTS, several, alone, case.exact(), strict=True):
         errors = [math.sqrt(np.mean((result.astype(np.float64) - exact) ** 2)) for result in (x, y)]
         print(f"{name}: {errors[0]:.3g} on {comm.size} ranks, {errors[1]:.3g} on one")
-        assert errors[0] <= 2 * errors[1], name
+        # In 16 bits the rounding at the end outweighs all sums, and is the same on one rank: a second one would show.
+        assert errors[0] <= (1.1 if dtype == BFLOAT16 and name != "lse" else 2) * errors[1], name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
