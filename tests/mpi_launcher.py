@@ -1,15 +1,22 @@
 """Tests under mpirun, started from an ordinary pytest.
 
-Every file under `tests/mpi` becomes one item per rank count (`test_x.py::np3`), and the item is a launch: the right
-mpirun, `python -m pytest` on every rank, a deadline. The rank counts and the deadline are constants of the file, read
-without importing it:
+Every file under `tests/mpi` becomes one item per rank count (`test_x.py::np3`), and the items of a rank count are a
+launch: the right mpirun, `python -m pytest` on every rank, a deadline. The rank counts and the deadline are constants
+of the file, read without importing it:
 
     RANKS = (1, 2, 3, 8)     default (1, 2, 3, 4, 8); () means that the file starts its own launches and stays here
-    TIMEOUT = 120            seconds for one launch, default 240
+    TIMEOUT = 120            seconds for this file in one launch, default 240
+
+A rank takes a second to start, which is more than many files take. Where a launch of several files fails, the files
+that it failed in are told so, and each of the others runs again alone.
 
 A launch ends in one of four ways, and never hangs: its own exit status; the deadline; a rank whose process is gone
 although its tests are not; ranks that finished their tests and do not end. In the last three every rank first writes
 the stacks of its threads (SIGUSR1, faulthandler), then everything that belongs to the launch is killed.
+
+Launches wait much, so where there are two cores two are under way: this process runs its items from the first to the
+last, and a second one takes launches from the last to the first until they meet (`SecondStream`). Items are reported in
+their order all the same.
 
 `run_mpi` is the same launch for a test's own program: a crash, a hang, a benchmark.
 """
@@ -18,14 +25,18 @@ from __future__ import annotations
 
 import ast
 import atexit
+import ctypes
 import functools
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGUSR1
@@ -153,8 +164,12 @@ def start(
     timeout: float,
     env: Mapping[str, str | None] | None = None,
     cwd: str | Path | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Finished:
-    """Launch `command` on `n_ranks` ranks and watch over it to its end."""
+    """Launch `command` on `n_ranks` ranks and watch over it to its end.
+
+    `limits` gives files of tests their own seconds, counted from when a rank comes to them.
+    """
     base = clean_environment()
     for name, value in (env or {}).items():
         if value is None:
@@ -177,7 +192,7 @@ def start(
                 launch.argv, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
             )
             try:
-                because = _watch(process, mark, records, begin + timeout, timeout)
+                because = _watch(process, mark, records, timeout, limits or {})
                 if because:
                     send([pid for pid in marked(mark) if catches(pid, SIGUSR1)], SIGUSR1)
                     time.sleep(0.5)
@@ -197,9 +212,12 @@ def start(
         )
 
 
-def _watch(process: subprocess.Popen[bytes], mark: str, records: Path, end: float, timeout: float) -> str:
+def _watch(
+    process: subprocess.Popen[bytes], mark: str, records: Path, timeout: float, limits: Mapping[str, float]
+) -> str:
     """Wait for the end of a launch; the reason to end it, or an empty string where it ended by itself."""
     pause, lost_since, done_since = 0.01, 0.0, 0.0
+    begin, files = time.monotonic(), set[str]()
     while True:
         try:
             process.wait(pause)
@@ -209,7 +227,10 @@ def _watch(process: subprocess.Popen[bytes], mark: str, records: Path, end: floa
         now = time.monotonic()
         ranks = read_records(records)
         where = "; ".join(f"rank {rank}: {_place(record)}" for rank, record in sorted(ranks.items()))
-        if now > end:
+        here = {record.current.partition("::")[0] for record in ranks.values()} & limits.keys()
+        if here and here != files:
+            begin, files, timeout = now, here, max(limits[file] for file in here)
+        if now > begin + timeout:
             return f"deadline of {timeout:g} s passed; {where or 'no rank had begun its tests'}"
         if not ranks:
             continue
@@ -336,41 +357,23 @@ class RankItem(pytest.Item):
     def __init__(self, *, n_ranks: int, timeout: float, **keywords: object) -> None:
         super().__init__(**keywords)  # type: ignore[arg-type]
         self.n_ranks, self.timeout = n_ranks, timeout
+        self.file = self.nodeid.partition("::")[0]
 
     def runtest(self) -> None:
         try:
             launcher()
         except (MPILibraryError, LauncherError) as error:
             raise RanksFailed(f"tests/mpi needs a working MPI: {error}") from None
-        options = self.config.option
-        command = [sys.executable, "-m", "pytest", str(self.path), f"--rootdir={self.config.rootpath}"]
-        command += [
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--tb={options.tbstyle}",
-            f"--color={'yes' if self._colour() else 'no'}",
-        ]
-        command += [f"--maxfail={options.maxfail}"] if options.maxfail else []
-        command += ["-k", options.keyword] if options.keyword else []
-        command += ["-m", options.markexpr] if options.markexpr else []
-        done = start(command, self.n_ranks, timeout=self.timeout, env={SEED: str(self.config.stash[SEED_KEY])})
-        total = self.config.stash[COUNTS_KEY]
-        total["launches"] = total.get("launches", 0) + 1
-        for name, number in done.counts.items():
-            total[name] = total.get(name, 0) + number
+        launch = self.config.stash[LAUNCHES_KEY][self]
+        done = launch.finished()
+        if launch.fault() and self.file not in launch.faulty_files():
+            launch = Launch([self])
+            done = launch.finished()
         title = f"{self.n_ranks} ranks, exit status {done.returncode}, {done.seconds:.1f} s"
-        # Hydra takes a rank that leaves with status 0 in the middle of a test for a success, and ends the others.
-        unfinished = [rank for rank in range(self.n_ranks) if rank not in done.records or not done.records[rank].done]
-        if done.ended_because:
-            raise RanksFailed(f"{title}: {done.ended_because}\n{done.output}")
-        if unfinished:
-            places = ", ".join(f"{rank} ({_place(done.records.get(rank, RankRecord(0)))})" for rank in unfinished)
-            raise RanksFailed(f"{title}: ended without finishing: rank {places}\n{done.output}")
-        if done.returncode == NOTHING_COLLECTED and (options.keyword or options.markexpr):
+        if fault := launch.fault():
+            raise RanksFailed(f"{title}{fault}\n{done.output}")
+        if done.returncode == NOTHING_COLLECTED:
             pytest.skip("no test of this file is selected")
-        if done.returncode != 0:
-            raise RanksFailed(f"{title}\n{done.output}")
         self.add_report_section("call", f"{self.n_ranks} ranks", done.output)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> FailureText:  # type: ignore[override]
@@ -381,16 +384,134 @@ class RankItem(pytest.Item):
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, 0, f"{self.path.name} on {self.n_ranks} rank{'s' * (self.n_ranks != 1)}"
 
-    def _colour(self) -> bool:
-        return bool(self.config.get_terminal_writer().hasmarkup)
+
+class Launch:
+    """Files on one number of ranks, run in one launch."""
+
+    def __init__(self, items: list[RankItem]) -> None:
+        self.items, self.config, self.n_ranks = items, items[0].config, items[0].n_ranks
+        self.begun: Future[Finished] | None = None
+        """What the second stream makes of it."""
+        self._finished: Finished | None = None
+
+    def task(self) -> tuple[Callable[..., Finished], dict[str, object]]:
+        """A function and its arguments, which can be sent to another process."""
+        options = self.config.option
+        command = [sys.executable, "-m", "pytest", *(str(item.path) for item in self.items)]
+        command += [f"--rootdir={self.config.rootpath}", "-q", "-p", "no:cacheprovider", f"--tb={options.tbstyle}"]
+        command += [f"--color={'yes' if self.config.get_terminal_writer().hasmarkup else 'no'}"]
+        command += [f"--maxfail={options.maxfail}"] if options.maxfail else []
+        command += ["-k", options.keyword] if options.keyword else []
+        command += ["-m", options.markexpr] if options.markexpr else []
+        limits = {item.file: item.timeout for item in self.items}
+        seed = str(self.config.stash[SEED_KEY])
+        return start, {
+            "command": command, "n_ranks": self.n_ranks, "timeout": max(limits.values()), "limits": limits,
+            "env": {SEED: seed},
+        }  # fmt: skip
+
+    def finished(self) -> Finished:
+        """The end of the launch, which begins now unless the second stream has it."""
+        if self._finished is None:
+            if self.begun is None or self.begun.cancel():
+                run, arguments = self.task()
+                self._finished = run(**arguments)
+            else:
+                self._finished = self.begun.result()
+            total = self.config.stash[COUNTS_KEY]
+            total["launches"] = total.get("launches", 0) + 1
+            for name, number in self._finished.counts.items():
+                total[name] = total.get(name, 0) + number
+        return self._finished
+
+    def fault(self) -> str:
+        """What is wrong with how it ended; an empty string where nothing is."""
+        done, options = self.finished(), self.config.option
+        # Hydra takes a rank that leaves with status 0 in the middle of a test for a success, and ends the others.
+        unfinished = self._unfinished()
+        if done.ended_because:
+            return f": {done.ended_because}"
+        if unfinished:
+            places = ", ".join(f"{rank} ({_place(record)})" for rank, record in unfinished.items())
+            return f": ended without finishing: rank {places}"
+        if done.returncode == NOTHING_COLLECTED and (options.keyword or options.markexpr):
+            return ""
+        return " " if done.returncode != 0 else ""
+
+    def _unfinished(self) -> dict[int, RankRecord]:
+        records = {rank: self.finished().records.get(rank, RankRecord(0)) for rank in range(self.n_ranks)}
+        return {rank: record for rank, record in records.items() if not record.done}
+
+    def faulty_files(self) -> set[str]:
+        """The files that a launch failed in; the first where it failed in none, as with ranks that end badly."""
+        done = self.finished()
+        found = set(re.findall(r"^===== ([^\s:]+)::", done.failures, re.MULTILINE))
+        found |= {record.current.partition("::")[0] for record in self._unfinished().values()}
+        found |= set(re.findall(r"^(?:\x1b\[\d+m)*ERROR(?:\x1b\[\d+m)* ([^\s:]+)", done.stdout, re.MULTILINE))
+        files = {item.file for item in self.items}
+        return found & files or {self.items[0].file}
+
+
+class SecondStream:
+    """A process that runs launches while this one runs other tests; it takes the last ones first.
+
+    It is a process of its own because tests patch what a launch depends on: the environment, the working directory,
+    functions of `os` and `subprocess`.
+    """
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), _settle_stream, (bytecode_folder(), os.getpid())
+        )
+        for launch in reversed(launches):
+            run, arguments = launch.task()
+            launch.begun = self._pool.submit(run, **arguments)
+        self._launches = launches
+
+    def end(self) -> None:
+        """End the launch under way, begin no other."""
+        if not all(launch.begun is not None and launch.begun.done() for launch in self._launches):
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _settle_stream(bytecode: str, parent: int) -> None:
+    """Make the second stream end its launch when it is told to end, or when the first one is gone."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    set_signal_of_parents_death = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) is not None:
+        os.environ["PYTHONPYCACHEPREFIX"] = bytecode
 
 
 SEED_KEY = pytest.StashKey[int]()
 COUNTS_KEY = pytest.StashKey[dict[str, int]]()
+LAUNCHES_KEY = pytest.StashKey[dict[RankItem, Launch]]()
 
 
 class LauncherSide:
     """The plugin of the ordinary pytest: turns files under `tests/mpi` into launches."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, bool, bool]:
+        config, together = session.config, dict[int, list[RankItem]]()
+        for item in session.items:
+            if isinstance(item, RankItem):
+                together.setdefault(item.n_ranks, []).append(item)
+        launches = [Launch(together[n_ranks]) for n_ranks in sorted(together)]
+        config.stash[LAUNCHES_KEY] = {item: launch for launch in launches for item in launch.items}
+        at_once = config.getoption("mpi_at_once") or min(2, len(os.sched_getaffinity(0)))
+        alone = at_once == 1 or len(session.items) < 2 or not launches or config.option.collectonly
+        stream = None if alone else SecondStream(launches)
+        try:
+            return (yield)
+        finally:
+            if stream is not None:
+                stream.end()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:

@@ -27,13 +27,15 @@ FRAME = ("conftest.py", "mpi_launcher.py", "mpi_ranks.py")
 class Run:
     """One run of the frame over a seeded file."""
 
-    def __init__(self, folder: Path, source: str, *options: str) -> None:
+    def __init__(self, folder: Path, source: str, *options: str, other: str = "") -> None:
         tests = folder / "tests"
         (tests / "mpi").mkdir(parents=True)
         for name in FRAME:
             shutil.copy(TESTS / name, tests)
         (folder / "pytest.ini").write_text("[pytest]\n")
         (tests / "mpi" / "test_seeded.py").write_text(source)
+        if other:
+            (tests / "mpi" / "test_another.py").write_text(other)
         environment = clean_environment() | {"FIVEDP_TEST_GRACE": "2", MARK + "_OUTER": str(folder)}
         begin = time.monotonic()
         done = subprocess.run(
@@ -283,6 +285,55 @@ def test_options_select_ranks_and_tests(tmp_path: Path) -> None:
     run = Run(tmp_path, source, "--mpi-ranks", "2,5", "-k", "test_red")
     assert run.status == 0
     assert "under mpirun: 1 passed in 1 launches" in run.output
+
+
+GOOD = "RANKS = (2, 3)\ndef test_good(comm):\n    comm.Barrier()\n"
+
+
+def test_files_of_one_number_of_ranks_share_a_launch(tmp_path: Path) -> None:
+    run = Run(tmp_path, "RANKS = (1, 2)\ndef test_world(comm):\n    assert comm.size < 3\n", other=GOOD)
+    assert run.status == 0
+    assert "4 passed" in run.output
+    assert "under mpirun: 4 passed in 3 launches" in run.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("assert comm.rank == 0, 'seeded fault'", "AssertionError: seeded fault"),
+        ("import os; comm.rank == 0 and os._exit(0); comm.Barrier()", "left with os._exit(0)"),
+        ("comm.rank == 0 and comm.Recv(bytearray(1), source=1)", "deadline of 15 s passed"),
+        ("pass\nimport no_such_module", "No module named 'no_such_module'"),
+    ],
+)
+@pytest.mark.parametrize("at_once", ["1", "2"])
+def test_of_files_that_share_a_launch_only_the_faulty_one_fails(
+    tmp_path: Path, fault: str, told: str, at_once: str
+) -> None:
+    source = f"RANKS = (2,)\nTIMEOUT = 15\ndef test_bad(comm):\n    {fault}\n"
+    run = Run(tmp_path, source, "-rA", "--mpi-at-once", at_once, other=GOOD)
+    assert run.status == 1
+    assert "1 failed, 2 passed" in run.output
+    assert told in run.output
+    assert re.search(r"^FAILED tests/mpi/test_seeded.py::np2", run.output, re.MULTILINE)
+    assert re.search(r"^PASSED tests/mpi/test_another.py::np2", run.output, re.MULTILINE)
+    assert run.left_behind(tmp_path) == []
+
+
+def test_a_run_that_stops_early_ends_the_launch_of_the_second_stream(tmp_path: Path) -> None:
+    source = (
+        "import time\n"
+        "RANKS = (1, 2)\n"
+        "TIMEOUT = 200\n"
+        "def test_it(comm):\n"
+        "    assert comm.size > 1, 'seeded fault'\n"
+        "    time.sleep(150)\n"
+    )
+    run = Run(tmp_path, source, "-x", "--mpi-at-once", "2")
+    assert run.status == 1
+    assert "AssertionError: seeded fault" in run.output
+    assert run.seconds < 90
+    assert run.left_behind(tmp_path) == []
 
 
 def test_ranks_and_deadline_are_read_without_importing() -> None:
