@@ -117,6 +117,8 @@ def test_what_is_planned_is_never_below_the_least(strategy: Strategy, backward: 
         case = a_case(strategy, mask, "bfloat16", kv_heads=kv_heads, queries=queries, backward=backward)
         planned, least = priced(case, ranks)
         assert 0 <= least <= planned
+        if strategy.way == "hybrid" and mask == CAUSAL and kv_heads == 4 and ranks in (4, 8):
+            assert least == planned  # a block is the sequence's order, so what is seen of it is one range
         if strategy.way == "Ulysses" and kv_heads == 4 and ranks in (2, 4):
             assert least == planned
     assert priced(a_case(RING[0]), 1) == (0, 0)

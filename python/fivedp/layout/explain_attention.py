@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fivedp.errors import LayoutError, ShapeError
-from fivedp.layout.sequence import LAYOUTS, HeadCut, Tokens, join, place, seen_spans, token_indices
+from fivedp.layout.sequence import LAYOUTS, HeadCut, Tokens, join, place, reading_order, seen_spans, token_indices
 
 Shape = tuple[int, int, int, int]
 
@@ -79,8 +79,8 @@ def attention_prices(
                 there_b += (q * (size + v_size) + k * (size + v_size)) * itemsize + 2 * q * sums
                 back_b += q * size * itemsize + k * (size + v_size) * (sums if replicated else itemsize)
         # Round the ring: of a block's keys of a rank's heads, to every other block the range that it sees.
-        q_blocks = tuple(join([queries[r] for r in block]) for block in blocks)
-        k_blocks = tuple(join([keys[r] for r in block]) for block in blocks)
+        q_blocks = tuple(_in_order([queries[r] for r in block]) for block in blocks)
+        k_blocks = tuple(_in_order([keys[r] for r in block]) for block in blocks)
         spans = seen_spans(q_blocks, k_blocks, causal, window or 0)
         moved = sum(end - begin for r, row in enumerate(spans) for s, (begin, end) in enumerate(row) if r != s)
         kept = sum(_held(cut, heads // kv_heads, replicated) for cut in cuts)
@@ -94,6 +94,13 @@ def attention_prices(
             )
         )
     return sorted(prices, key=lambda price: price.forward)
+
+
+def _in_order(parts: list[Tokens]) -> Tokens:
+    """The tokens of a block as the exchange of heads leaves them: in the order of the sequence."""
+    joined = join(parts)
+    order = reading_order(joined)
+    return Tokens(joined.position[order], joined.document[order])
 
 
 def _held(cut: HeadCut, group: int, replicated: bool) -> int:
