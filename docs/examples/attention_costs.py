@@ -22,6 +22,7 @@ q, k, v, do = (
     for heads, size in ((H, D), (H_kv, D), (H_kv, Dv), (H, Dv))
 )
 causal: dict[str, Any] = {"causal": True, "layout": "zigzag"}
+striped: dict[str, Any] = {"causal": True, "layout": "striped"}
 neighbours: dict[str, Any] = {"causal": True, "layout": "contiguous"}
 
 
@@ -56,6 +57,7 @@ if comm.rank == 0:
 ring = (fivedp.ring_attention, fivedp.ring_attention_backward)
 hybrid = (fivedp.hybrid_attention, fivedp.hybrid_attention_backward)
 row("ring, causal zigzag", *ring, **causal)
+row("ring, causal striped", *ring, **striped)
 row("ring, causal contiguous", *ring, **neighbours)
 row("ring, window, contiguous", *ring, **neighbours, window=window)
 row("ring, canonical order", *ring, **causal, order="canonical")
