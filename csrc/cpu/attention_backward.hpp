@@ -9,9 +9,9 @@
 //                 d_v += weights d_out,  d_k += d_logits q             (keys, features), register tiles of keys and
 //                 columns d_q += K^T d_logits                                  (features, lanes)
 //
-// FLOPs: 2 (3 size + 2 v_size) a visible pair and head. d_q, d_k and d_v are sums of the type of sums and are added to,
-// keys in rising order for d_q, queries in rising order for d_k and d_v: an element's sum is one chain, however the
-// keys and queries are cut. So ranges of one key head come one after the other, never at the same time.
+// FLOPs: 2 (3 size + 2 v_size) a visible pair and head. d_q, d_k and d_v are of the type of sums and are added to: d_q
+// gets the sums of key tiles in rising order, d_k and d_v those of query tiles in rising order, counted from the start
+// of a range. So ranges of one key head come one after the other, never at the same time.
 
 template <class T>
 struct BackwardScratch {
@@ -33,8 +33,8 @@ FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& proble
     char* at = scratch;
     const std::int64_t row_length = staged_length<T>(problem);
     s.rows = rows;
-    s.tiles = (rows + lane_count<T> - 1) / lane_count<T>;
-    const std::int64_t all = s.tiles * lane_count<T>;
+    s.tiles = (rows + query_tile - 1) / query_tile;
+    const std::int64_t all = s.tiles * query_tile;
     s.queries = take<T>(at, all * problem.size);
     s.gradients = take<T>(at, all * problem.v_size);
     s.d_queries = take<T>(at, all * problem.size);
@@ -48,10 +48,10 @@ FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& proble
     s.d_keys = take<T>(at, key_block * column_size<T>(problem.size));
     s.d_values = take<T>(at, key_block * column_size<T>(problem.v_size));
     s.rows_of_keys = take<T>(at, key_tile * row_length + slack<T>);
-    s.rows_of_lanes = take<T>(at, lane_count<T> * row_length);
+    s.rows_of_lanes = take<T>(at, query_tile * row_length);
     s.transposed = take<T>(at, row_length * transposed_width + slack<T>);
-    s.weights = take<T>(at, key_tile * lane_count<T>);
-    s.d_logits = take<T>(at, key_tile * lane_count<T>);
+    s.weights = take<T>(at, key_tile * query_tile);
+    s.d_logits = take<T>(at, key_tile * query_tile);
     s.tile = take<QueryTile<T>>(at, s.tiles);
     s.block = take<KeyBlock<T>>(at, 1);
     s.bytes = at - scratch;
@@ -59,9 +59,8 @@ FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& proble
 }
 
 template <class T>
-FIVEDP_NOINLINE std::int64_t attention_backward_bytes(const AttentionProblem& problem) {
-    const std::int64_t group = problem.heads / problem.kv_heads;
-    return backward_scratch<T>(problem, backward_rows + lane_count<T> + group, nullptr).bytes;
+FIVEDP_NOINLINE std::int64_t attention_backward_bytes(const AttentionProblem& problem, std::int64_t rows) {
+    return backward_scratch<T>(problem, rows, nullptr).bytes;
 }
 
 // weights (in place of the logits) and d_logits (in place of V d_out^T), of a key tile; masked pairs are 0 in both.
@@ -75,8 +74,8 @@ FIVEDP_INLINE void unweigh(const AttentionProblem& problem, const QueryTile<T>& 
     for (int v = 0; v < tile.vectors; ++v) {
         const V sum = load<V>(log_sum + v * lanes<T>), share = load<V>(delta + v * lanes<T>);
         for (std::int64_t j = keys.begin; j < keys.end; ++j) {
-            T* const at = logits + j * lane_count<T> + v * lanes<T>;
-            T* const d_at = d_weights + j * lane_count<T> + v * lanes<T>;
+            T* const at = logits + vector_at<T>(v, key_tile, j);
+            T* const d_at = d_weights + vector_at<T>(v, key_tile, j);
             V x = load<V>(at), slope = scale;
             if (!plain) {
                 if (problem.softcap > 0) {  // d tanh = 1 - tanh^2
@@ -145,25 +144,25 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
     const T* const all_delta = (const T*)problem.delta;
 
     for (std::int64_t t = 0; t < s.tiles; ++t) {
-        const std::int64_t first = t * lane_count<T>, left = rows - first;
-        const std::int64_t in_tile = left < lane_count<T> ? left : lane_count<T>;
+        const std::int64_t first = t * query_tile, left = rows - first;
+        const std::int64_t in_tile = left < query_tile ? left : query_tile;
         QueryTile<T>& tile = s.tile[t];
         describe_tile<T>(problem, range, first, in_tile, tile);
         to_lanes<T>(problem, problem.type, problem.q, size, range, first, in_tile, (T)(problem.scale * log2_of_e),
                     s.rows_of_lanes, row_length, s.queries + first * size);
         tile.finite = !has_nonfinite(s.rows_of_lanes, in_tile, size, row_length);
         for (std::int64_t lane = 0; lane < in_tile; ++lane)
-            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, size, lane_count<T>,
+            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, size, query_tile,
                           s.query_columns + first * columns);
         to_lanes<T>(problem, problem.type, problem.d_out, v_size, range, first, in_tile, T(1), s.rows_of_lanes,
                     row_length, s.gradients + first * v_size);
         tile.finite = tile.finite && !has_nonfinite(s.rows_of_lanes, in_tile, v_size, row_length);
         for (std::int64_t lane = 0; lane < in_tile; ++lane)
-            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, v_size, lane_count<T>,
+            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, v_size, query_tile,
                           s.gradient_columns + first * v_columns);
         to_lanes<T>(problem, sums_type<T>, d_q, size, range, first, in_tile, T(1), s.rows_of_lanes, row_length,
                     s.d_queries + first * size);
-        for (std::int64_t row = first; row < first + lane_count<T>; ++row) {
+        for (std::int64_t row = first; row < first + query_tile; ++row) {
             // 2^(logit - inf) is 0: for lanes without a row, and rows that see no key.
             s.log_sum[row] = __builtin_inf();
             s.delta[row] = 0;
@@ -183,7 +182,7 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
         bool packed = false;
         for (std::int64_t t = 0; t < s.tiles; ++t) {
             const QueryTile<T>& tile = s.tile[t];
-            const std::int64_t row = t * lane_count<T>;
+            const std::int64_t row = t * query_tile;
             const T* const query_columns = s.query_columns + row * columns;
             const T* const gradient_columns = s.gradient_columns + row * v_columns;
             T* const d_queries = s.d_queries + row * size;
@@ -198,10 +197,11 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
                 KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
                 if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
                 lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size, keys.begin,
-                                keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
-                lane_product<T>(tile.vectors, s.value_panels + k * key_panels_size<T>(v_size), panel_rows, v_size,
-                                keys.begin, keys.end, 0, v_size, s.gradients + row * v_size, s.d_logits, Start::zero,
+                                keys.end, 0, size, s.queries + row * size, 0, size, s.weights, key_tile, End::store,
                                 nullptr);
+                lane_product<T>(tile.vectors, s.value_panels + k * key_panels_size<T>(v_size), panel_rows, v_size,
+                                keys.begin, keys.end, 0, v_size, s.gradients + row * v_size, 0, v_size, s.d_logits,
+                                key_tile, End::store, nullptr);
                 unweigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.d_logits, s.log_sum + row,
                            s.delta + row);
                 T* const d_keys = s.d_keys + k * key_tile * columns;
@@ -217,12 +217,12 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
                 if (seen == Sight::all || block.finite[k]) {
                     lane_product<T>(tile.vectors, s.key_feature_panels + k * feature_panels_size<T>(size),
                                     feature_step(size), key_tile, 0, size, keys.begin, keys.end - keys.begin,
-                                    s.d_logits + keys.begin * lane_count<T>, d_queries, Start::sums, nullptr);
+                                    s.d_logits, keys.begin, key_tile, d_queries, size, End::add, nullptr);
                 } else {
                     stage_rows<T>(problem, problem.k, range.batch, range.kv_head, first + begin, keys.end, size,
                                   s.rows_of_keys, row_length);
                     add_visible_keys<T>(problem, tile, block, begin, keys, s.d_logits, s.rows_of_keys, row_length, size,
-                                        d_queries);
+                                        nullptr, d_queries);
                 }
             }
         }
@@ -236,9 +236,9 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
         }
     }
 
-    for (std::int64_t first = 0; first < rows; first += lane_count<T>) {
+    for (std::int64_t first = 0; first < rows; first += query_tile) {
         const std::int64_t left = rows - first;
-        from_lanes<T>(problem, d_q, size, range, first, left < lane_count<T> ? left : lane_count<T>,
+        from_lanes<T>(problem, d_q, size, range, first, left < query_tile ? left : query_tile,
                       s.d_queries + first * size, s.rows_of_lanes, row_length);
     }
 }

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "common/thread_pool.hpp"
@@ -38,23 +39,24 @@ const AttentionKernel& kernel_of(const AttentionProblem& problem) {
     return problem.type == ElementType::f64 ? kernels().attention_f64 : kernels().attention_f32;
 }
 
-// Queries that a range should have: as many ranges as `limit` query rows each ask for, of equal size and whole tiles.
+// Queries of a range: about as many ranges as `limit` query rows each ask for, of equal size, each beginning at a whole
+// tile of query rows.
 std::int64_t queries_per_range(const AttentionProblem& problem, std::int64_t limit) {
-    const std::int64_t group = problem.heads / problem.kv_heads, lanes = kernel_of(problem).lanes;
-    const std::int64_t rows = problem.n_queries * group, parts = std::max<std::int64_t>(1, (rows + limit - 1) / limit);
-    const std::int64_t tiles = (rows + parts * lanes - 1) / (parts * lanes);
-    return std::max<std::int64_t>(1, tiles * lanes / group);
+    const std::int64_t group = problem.heads / problem.kv_heads, rows = problem.n_queries * group;
+    const std::int64_t parts = std::max<std::int64_t>(1, (rows + limit - 1) / limit);
+    const std::int64_t step = query_tile / std::gcd(query_tile, group);
+    const std::int64_t queries = (problem.n_queries + parts - 1) / parts;
+    return std::max<std::int64_t>(1, (queries + step - 1) / step) * step;
 }
 
-// Ranges of queries with about `rows` rows each, dealt out over batch and key heads.
-std::vector<AttentionRange> ranges_of(const AttentionProblem& problem, std::int64_t rows) {
-    const std::int64_t queries = queries_per_range(problem, rows);
+// Ranges of `queries` each, dealt out over batch and key heads.
+std::vector<AttentionRange> ranges_of(const AttentionProblem& problem, std::int64_t queries) {
     std::vector<AttentionRange> ranges;
     // The last queries first: under a causal mask they have most to do.
-    for (std::int64_t end = problem.n_queries; end > 0; end -= std::min(end, queries))
+    for (std::int64_t begin = (problem.n_queries - 1) / queries * queries; begin >= 0; begin -= queries)
         for (std::int64_t batch = 0; batch < problem.batch; ++batch)
             for (std::int64_t head = 0; head < problem.kv_heads; ++head)
-                ranges.push_back({batch, head, std::max<std::int64_t>(0, end - queries), end});
+                ranges.push_back({batch, head, begin, std::min(begin + queries, problem.n_queries)});
     return ranges;
 }
 
@@ -171,22 +173,25 @@ void delta_of(const AttentionProblem& problem, const TokenView& output, T* delta
 
 void run_attention_forward(const AttentionProblem& problem) {
     const AttentionKernel& kernel = kernel_of(problem);
+    const std::int64_t group = problem.heads / problem.kv_heads;
     const int threads = threads_for(problem);
     std::int64_t rows = kernel.forward_rows;
+    const auto ranges_with = [&] { return ranges_of(problem, queries_per_range(problem, rows)); };
     // Enough ranges for all threads, but none of so few rows that packing the keys outweighs using them.
-    while (threads > 1 && rows > 128 && static_cast<int>(ranges_of(problem, rows).size()) < 4 * threads) rows /= 2;
-    const std::vector<AttentionRange> ranges = ranges_of(problem, rows);
-    on_threads(threads, static_cast<std::int64_t>(ranges.size()), kernel.forward_bytes(problem),
-               [&](std::int64_t index, char* memory) {
-                   kernel.forward(problem, ranges[static_cast<std::size_t>(index)], memory);
-               });
+    while (threads > 1 && rows > 128 && static_cast<int>(ranges_with().size()) < 4 * threads) rows /= 2;
+    const std::vector<AttentionRange> ranges = ranges_with();
+    const std::int64_t bytes = kernel.forward_bytes(problem, group * queries_per_range(problem, rows));
+    on_threads(threads, static_cast<std::int64_t>(ranges.size()), bytes, [&](std::int64_t index, char* memory) {
+        kernel.forward(problem, ranges[static_cast<std::size_t>(index)], memory);
+    });
 }
 
 void run_attention_backward(const AttentionProblem& problem) {
     const AttentionKernel& kernel = kernel_of(problem);
+    const std::int64_t group = problem.heads / problem.kv_heads;
     const std::int64_t queries = queries_per_range(problem, kernel.backward_rows);
     // One thread a key head: d_k and d_v are sums over queries in rising order.
-    on_threads(threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem),
+    on_threads(threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem, group * queries),
                [&](std::int64_t index, char* memory) {
                    for (std::int64_t begin = 0; begin < problem.n_queries; begin += queries)
                        kernel.backward(problem,

@@ -1,12 +1,12 @@
 // Attention, forward, on one rank: adds some keys to the state of some queries, without a matrix of all logits.
 //
-//     for each block of keys (packed once):                        4 key tiles of 90 keys
-//         for each tile of queries:                                lanes of 3 vectors (AVX-512) or 2
+//     for each block of keys (packed once):                        4 key tiles of 84 keys
+//         for each tile of queries:                                64 rows, in lanes
 //             for each key tile that the mask leaves something of:
-//                 logits (keys, lanes) = K q^T                     register tiles of 9 keys (6) and all lanes
+//                 logits (keys, lanes) = K q^T                     register tiles of 6 keys and 4 vectors (AVX2: 2)
 //                 highest, total: vertical maximum and sum of 2^(logit - highest), in registers
 //                 output (features, lanes) = output * factor + V^T weights
-//                                                                  register tiles of 9 features (6) and all lanes
+//                                                                  register tiles of 6 features and 4 vectors
 //
 // FLOPs: 2 (size + v_size) a visible pair and head. Bytes: K and V are read once per range of queries (about
 // rows_per_chunk rows), q and the state once per call. The state is not normalised, so that a call takes up where
@@ -45,17 +45,17 @@ FIVEDP_INLINE ForwardScratch<T> forward_scratch(const AttentionProblem& problem,
     char* at = scratch;
     const std::int64_t row_length = staged_length<T>(problem);
     s.rows = rows;
-    s.tiles = (rows + lane_count<T> - 1) / lane_count<T>;
-    s.queries = take<T>(at, s.tiles * problem.size * lane_count<T>);
-    s.output = take<T>(at, s.tiles * problem.v_size * lane_count<T>);
-    s.highest = take<T>(at, s.tiles * lane_count<T>);
-    s.total = take<T>(at, s.tiles * lane_count<T>);
+    s.tiles = (rows + query_tile - 1) / query_tile;
+    s.queries = take<T>(at, s.tiles * problem.size * query_tile);
+    s.output = take<T>(at, s.tiles * problem.v_size * query_tile);
+    s.highest = take<T>(at, s.tiles * query_tile);
+    s.total = take<T>(at, s.tiles * query_tile);
     s.key_panels = take<T>(at, 4 * key_panels_size<T>(problem.size) + slack<T>);
     s.value_panels = take<T>(at, 4 * feature_panels_size<T>(problem.v_size) + slack<T>);
     s.rows_of_keys = take<T>(at, key_tile * row_length + slack<T>);
-    s.rows_of_lanes = take<T>(at, lane_count<T> * row_length);
+    s.rows_of_lanes = take<T>(at, query_tile * row_length);
     s.transposed = take<T>(at, problem.size * transposed_width + slack<T>);
-    s.weights = take<T>(at, key_tile * lane_count<T>);
+    s.weights = take<T>(at, key_tile * query_tile);
     s.tile = take<QueryTile<T>>(at, s.tiles);
     s.block = take<KeyBlock<T>>(at, 1);
     s.bytes = at - scratch;
@@ -66,9 +66,8 @@ FIVEDP_INLINE ForwardScratch<T> forward_scratch(const AttentionProblem& problem,
 static constexpr std::int64_t forward_rows = 1152, backward_rows = 576;
 
 template <class T>
-FIVEDP_NOINLINE std::int64_t attention_forward_bytes(const AttentionProblem& problem) {
-    const std::int64_t group = problem.heads / problem.kv_heads;
-    return forward_scratch<T>(problem, forward_rows + lane_count<T> + group, nullptr).bytes;
+FIVEDP_NOINLINE std::int64_t attention_forward_bytes(const AttentionProblem& problem, std::int64_t rows) {
+    return forward_scratch<T>(problem, rows, nullptr).bytes;
 }
 
 // Rows [first, first + rows) of a range as (size, lanes), scaled; lanes without a row are zero. `staged` is left with
@@ -84,7 +83,15 @@ FIVEDP_INLINE void to_lanes(const AttentionProblem& problem, ElementType type, c
             view.data + range.batch * view.batch_stride + at.query * view.token_stride + at.head * view.head_stride,
             size, staged + r * row_length, size);
     }
-    transpose_rows<T>(staged, row_length, rows, size, to, lane_count<T>, scale);
+    constexpr std::int64_t width = group_lanes<T>;
+    for (std::int64_t lane = 0; lane < query_tile; lane += width) {
+        const std::int64_t left = rows - lane;
+        transpose_rows<T>(staged + lane * row_length, row_length,
+                          left < 0       ? 0
+                          : left < width ? left
+                                         : width,
+                          size, to + lane * size, width, scale);
+    }
 }
 
 // And back: (size, lanes) to rows, of the type of sums.
@@ -92,8 +99,10 @@ template <class T>
 FIVEDP_INLINE void from_lanes(const AttentionProblem& problem, const TokenView& view, std::int64_t size,
                               const AttentionRange& range, std::int64_t first, std::int64_t rows, const T* lanes_of,
                               T* staged, std::int64_t row_length) {
-    transpose<T, T>((const char*)lanes_of, lane_count<T> * (std::int64_t)sizeof(T), size, lane_count<T>, staged,
-                    row_length);
+    constexpr std::int64_t width = group_lanes<T>;
+    for (std::int64_t lane = 0; lane < query_tile; lane += width)
+        transpose<T, T>((const char*)(lanes_of + lane * size), width * (std::int64_t)sizeof(T), size, width,
+                        staged + lane * row_length, row_length);
     for (std::int64_t r = 0; r < rows; ++r) {
         const RowAt at = row_at(problem, range, first + r);
         T* const to = (T*)(view.data + range.batch * view.batch_stride + at.query * view.token_stride +
@@ -138,23 +147,23 @@ FIVEDP_INLINE bool weigh(const AttentionProblem& problem, const QueryTile<T>& ti
     const bool plain = problem.softcap == 0 && problem.slopes == nullptr;
     bool rescale = false;
     for (int v = 0; v < tile.vectors; ++v) {
-        T* const column = logits + v * lanes<T>;
+        T* const column = logits + vector_at<T>(v, key_tile, 0);
         const V before = load<V>(highest + v * lanes<T>);
         V top = before;
         for (std::int64_t j = keys.begin; j < keys.end; ++j) {
-            V x = load<V>(column + j * lane_count<T>);
+            V x = load<V>(column + j * group_lanes<T>);
             if (!plain) x = finish_logit<T>(problem, tile, v, x, block.position[first + j]);
             if (seen == Sight::some)
                 x = visible<T>(problem, tile, v, block.position[first + j], block.document[first + j]) ? x : lowest;
-            if (!plain || seen == Sight::some) store(column + j * lane_count<T>, x);
+            if (!plain || seen == Sight::some) store(column + j * group_lanes<T>, x);
             top = larger<T>(top, x);
         }
         // Rows that have seen nothing yet: -inf - -inf would be NaN.
         const V from = top == lowest ? V{} : top;
         V sum = V{};
         for (std::int64_t j = keys.begin; j < keys.end; ++j) {
-            const V weight = exp2<T>(load<V>(column + j * lane_count<T>) - from);
-            store(column + j * lane_count<T>, weight);
+            const V weight = exp2<T>(load<V>(column + j * group_lanes<T>) - from);
+            store(column + j * group_lanes<T>, weight);
             sum += weight;
         }
         const V scale = exp2<T>(before - from);
@@ -182,14 +191,14 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
     };
 
     for (std::int64_t t = 0; t < s.tiles; ++t) {
-        const std::int64_t first = t * lane_count<T>, left = rows - first;
-        const std::int64_t in_tile = left < lane_count<T> ? left : lane_count<T>;
+        const std::int64_t first = t * query_tile, left = rows - first;
+        const std::int64_t in_tile = left < query_tile ? left : query_tile;
         describe_tile<T>(problem, range, first, in_tile, s.tile[t]);
         to_lanes<T>(problem, problem.type, problem.q, size, range, first, in_tile, (T)(problem.scale * log2_of_e),
                     s.rows_of_lanes, row_length, s.queries + first * size);
         to_lanes<T>(problem, sums_type<T>, state, v_size, range, first, in_tile, T(1), s.rows_of_lanes, row_length,
                     s.output + first * v_size);
-        for (std::int64_t row = first; row < first + lane_count<T>; ++row) {
+        for (std::int64_t row = first; row < first + query_tile; ++row) {
             s.highest[row] = row < rows ? all_highest[flat(row)] : (T)-__builtin_inf();
             s.total[row] = row < rows ? all_total[flat(row)] : T(0);
         }
@@ -202,7 +211,7 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
         bool packed = false;
         for (std::int64_t t = 0; t < s.tiles; ++t) {
             const QueryTile<T>& tile = s.tile[t];
-            const std::int64_t row = t * lane_count<T>;
+            const std::int64_t row = t * query_tile;
             T* const output = s.output + row * v_size;
             for (std::int64_t begin = 0; begin < block.count; begin += key_tile) {
                 const std::int64_t k = begin / key_tile;
@@ -214,33 +223,29 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
                 }
                 KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
                 if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
-                const std::int64_t count = keys.end - keys.begin;
                 lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size, keys.begin,
-                                keys.end, 0, size, s.queries + row * size, s.weights, Start::zero, nullptr);
-                T factor[lane_count<T>];
+                                keys.end, 0, size, s.queries + row * size, 0, size, s.weights, key_tile, End::store,
+                                nullptr);
+                T factor[query_tile];
                 const bool rescale = weigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.highest + row,
                                               s.total + row, factor);
-                const T* const panels = s.value_panels + k * feature_panels_size<T>(v_size);
-                const T* const weights = s.weights + keys.begin * lane_count<T>;
-                const Start start = rescale ? Start::scaled : Start::sums;
                 if (seen == Sight::all || block.finite[k]) {
-                    lane_product<T>(tile.vectors, panels, v_step, key_tile, 0, v_size, keys.begin, count, weights,
-                                    output, start, factor);
+                    lane_product<T>(tile.vectors, s.value_panels + k * feature_panels_size<T>(v_size), v_step, key_tile,
+                                    0, v_size, keys.begin, keys.end - keys.begin, s.weights, keys.begin, key_tile,
+                                    output, v_size, rescale ? End::scale_and_add : End::add, factor);
                 } else {
-                    lane_product<T>(tile.vectors, panels, v_step, key_tile, 0, v_size, 0, 0, weights, output, start,
-                                    factor);
                     stage_rows<T>(problem, problem.v, range.batch, range.kv_head, first + begin, keys.end, v_size,
                                   s.rows_of_keys, row_length);
                     add_visible_keys<T>(problem, tile, block, begin, keys, s.weights, s.rows_of_keys, row_length,
-                                        v_size, output);
+                                        v_size, rescale ? factor : nullptr, output);
                 }
             }
         }
     }
 
-    for (std::int64_t first = 0; first < rows; first += lane_count<T>) {
+    for (std::int64_t first = 0; first < rows; first += query_tile) {
         const std::int64_t left = rows - first;
-        from_lanes<T>(problem, state, v_size, range, first, left < lane_count<T> ? left : lane_count<T>,
+        from_lanes<T>(problem, state, v_size, range, first, left < query_tile ? left : query_tile,
                       s.output + first * v_size, s.rows_of_lanes, row_length);
     }
     for (std::int64_t row = 0; row < rows; ++row) {

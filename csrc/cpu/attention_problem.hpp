@@ -38,17 +38,20 @@ struct AttentionProblem {
     void *d_q, *d_k, *d_v;
 };
 
+// Query rows (queries times the heads that share a key head) that are computed together. Ranges begin at whole tiles.
+constexpr std::int64_t query_tile = 64;
+
 // Some queries of the heads that share one key head.
 struct AttentionRange {
     std::int64_t batch, kv_head, query_begin, query_end;
 };
 
 struct AttentionKernel {
-    std::int64_t forward_rows, backward_rows;  // query rows (heads times queries) that a range should have at most
-    std::int64_t lanes;                        // query rows that are computed together
-    std::int64_t (*forward_bytes)(const AttentionProblem& problem);
+    std::int64_t forward_rows, backward_rows;  // query rows that a range should have at most
+    // Bytes of scratch for a range of so many query rows.
+    std::int64_t (*forward_bytes)(const AttentionProblem& problem, std::int64_t rows);
     void (*forward)(const AttentionProblem& problem, const AttentionRange& range, char* scratch);
-    std::int64_t (*backward_bytes)(const AttentionProblem& problem);
+    std::int64_t (*backward_bytes)(const AttentionProblem& problem, std::int64_t rows);
     void (*backward)(const AttentionProblem& problem, const AttentionRange& range, char* scratch);
 };
 

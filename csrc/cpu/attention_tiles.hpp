@@ -1,27 +1,31 @@
 // What attention's forward and backward share: packed operands, the tile products, the logits of a tile and its mask.
 //
-// Queries lie in the lanes of vectors: a tile is `lane_count` query rows of one key head's group, its logits are
-// (keys, lanes) and its output is (features, lanes). The largest logit, the sum and the rescaling need no horizontal
-// step, and every sum over features or over keys is the same register tile:
+// Queries lie in the lanes of vectors: a tile is 64 query rows of one key head's group, its logits are (keys, lanes)
+// and its output is (features, lanes). The largest logit, the sum and the rescaling need no horizontal step, and every
+// sum over features or over keys is the same register tile:
 //
-//     sums (rows, lanes) += panel (i, rows)^T  factors (i, lanes)      logits: rows are keys, i features
+//     sums (rows, lanes) = panel (i, rows)^T  factors (i, lanes)       logits: rows are keys, i features
 //                                                                      output, d_q: rows are features, i keys
 //
 // The gradients of keys and values are sums over queries; there the features lie in the lanes:
 //
-//     sums (keys, features) += factors (keys, lanes)  rows (lanes, features)
+//     sums (keys, features) = factors (keys, lanes)  rows (lanes, features)
 //
-// Everything packed is of the type of sums.
+// Everything packed is of the type of sums. Tiles have the same size for every instruction set, and a sum over more
+// than a tile is the sum of its tiles' sums, each started from zero: the bits are the same in all of them, and the
+// error grows with the number of tiles and not of terms.
 
-// The register tile: panel_rows x lane_vectors vectors.
-static constexpr int panel_rows = FIVEDP_ATTENTION_ROWS, lane_vectors = FIVEDP_ATTENTION_VECTORS;
-template <class T>
-static constexpr std::int64_t lane_count = lane_vectors* lanes<T>;
-// Keys whose logits are made at a time, and keys packed at a time. The same for every instruction set: the sums of a
-// query are in the order of its keys, tile by tile, so they have the same bits in all of them.
-static constexpr std::int64_t key_tile = 84, key_block = 4 * key_tile;
+static constexpr std::int64_t key_tile = 84;
+// Keys packed at a time.
+static constexpr std::int64_t key_block = 4 * key_tile;
 // Keys at the ends of a tile that no query of the tile sees are left out in steps of this many.
 static constexpr std::int64_t key_grain = 6;
+// The register tile: panel_rows x lane_vectors vectors. Lanes lie in groups of that width, one group after the other:
+// (i, lane) of an array with n rows is at (lane / group_lanes * n + i) * group_lanes + lane % group_lanes.
+static constexpr int panel_rows = FIVEDP_ATTENTION_ROWS, lane_vectors = FIVEDP_ATTENTION_VECTORS;
+template <class T>
+static constexpr std::int64_t group_lanes = lane_vectors* lanes<T>;
+static_assert(query_tile % group_lanes<float> == 0 && query_tile % group_lanes<double> == 0, "tiles are whole groups");
 static_assert(key_tile % key_grain == 0 && key_grain % panel_rows == 0, "key tiles are cut into whole panels");
 // Rows of transposed keys: a multiple of 8, for they are transposed 8 x 8.
 static constexpr std::int64_t transposed_width = (key_tile + 7) / 8 * 8;
@@ -33,49 +37,56 @@ FIVEDP_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) {
     return (n + step - 1) / step * step;
 }
 
-// What a register tile starts from: zero, what C holds, or what C holds times a factor for each lane.
-enum class Start { zero, sums, scaled };
+// What becomes of a register tile's sums: they are stored, added to what C holds, or added to what C holds times a
+// factor for each lane.
+enum class End { store, add, scale_and_add };
 
-// c[r][v] = start + sum over i of a[r * a_row + i * a_step] * b[i][v], r < rows, v < vectors, in one chain of fused
-// multiply-adds in rising i. Rows of b and c are `lane_count` elements apart. All strides are constants: no address in
-// the loop needs arithmetic or a register of its own.
-template <class T, int rows, int vectors, int a_row, int a_step>
+// c[r][v] = sum over i of a[r * a_row + i * a_step] * b[i][v] or more, see End; r < rows, v < vectors. The sum is one
+// chain of fused multiply-adds in rising i from +0. Rows of b and c are `group_lanes` elements apart; every
+// `group_lanes` of i, a goes on `a_jump` elements further. All strides are constants: no address in the loop needs
+// arithmetic or a register of its own.
+template <class T, int rows, int vectors, int a_row, int a_step, int a_jump>
 FIVEDP_NOINLINE void tile_product_of(const T* __restrict__ a, const T* __restrict__ b, std::int64_t n,
-                                     T* __restrict__ c, Start start, const T* factor) {
+                                     T* __restrict__ c, End end, const T* factor) {
     using V = Vec<T>;
-    constexpr std::int64_t step = lane_count<T>;
+    constexpr std::int64_t step = group_lanes<T>;
     V sum[rows][vectors];
-    if (start == Start::zero) {
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[r][v] = V{};
-    } else {
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[r][v] = load<V>(c + r * step + v * lanes<T>);
-        if (start == Start::scaled) {
-            V scale[vectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) scale[v] = load<V>(factor + v * lanes<T>);
-#pragma GCC unroll 16
-            for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; ++v) sum[r][v] *= scale[v];
-        }
-    }
+        for (int v = 0; v < vectors; ++v) sum[r][v] = V{};
+    for (std::int64_t left = n; left > 0; left -= step) {
+        const std::int64_t count = a_jump == 0 || left < step ? left : step;
 #pragma GCC unroll 2
-    for (std::int64_t i = 0; i < n; ++i) {
-        V row[vectors];
+        for (std::int64_t i = 0; i < count; ++i) {
+            V row[vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) row[v] = load<V>(b + i * step + v * lanes<T>);
+            for (int v = 0; v < vectors; ++v) row[v] = load<V>(b + i * step + v * lanes<T>);
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-            const V from_a = broadcast<T>(a[r * a_row + i * a_step]);
+            for (int r = 0; r < rows; ++r) {
+                const V from_a = broadcast<T>(a[r * a_row + i * a_step]);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[r][v] = fused(from_a, row[v], sum[r][v]);
+                for (int v = 0; v < vectors; ++v) sum[r][v] = fused(from_a, row[v], sum[r][v]);
+            }
         }
+        if constexpr (a_jump == 0) break;
+        a += a_jump;
+        b += step * step;
+    }
+    if (end == End::add) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) sum[r][v] = load<V>(c + r * step + v * lanes<T>) + sum[r][v];
+    } else if (end == End::scale_and_add) {
+        V scale[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) scale[v] = load<V>(factor + v * lanes<T>);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v)
+                sum[r][v] = fused(load<V>(c + r * step + v * lanes<T>), scale[v], sum[r][v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
@@ -84,17 +95,17 @@ FIVEDP_NOINLINE void tile_product_of(const T* __restrict__ a, const T* __restric
 }
 
 // The same for 1 .. panel_rows rows, found by halving.
-template <class T, int vectors, int a_row, int a_step, int high = panel_rows, int low = 1>
-FIVEDP_INLINE void tile_product(std::int64_t rows, const T* a, const T* b, std::int64_t n, T* c, Start start,
+template <class T, int vectors, int a_row, int a_step, int a_jump, int high = panel_rows, int low = 1>
+FIVEDP_INLINE void tile_product(std::int64_t rows, const T* a, const T* b, std::int64_t n, T* c, End end,
                                 const T* factor) {
     if constexpr (low == high) {
-        tile_product_of<T, low, vectors, a_row, a_step>(a, b, n, c, start, factor);
+        tile_product_of<T, low, vectors, a_row, a_step, a_jump>(a, b, n, c, end, factor);
     } else {
         constexpr int middle = (low + high) / 2;
         if (rows <= middle)
-            tile_product<T, vectors, a_row, a_step, middle, low>(rows, a, b, n, c, start, factor);
+            tile_product<T, vectors, a_row, a_step, a_jump, middle, low>(rows, a, b, n, c, end, factor);
         else
-            tile_product<T, vectors, a_row, a_step, high, middle + 1>(rows, a, b, n, c, start, factor);
+            tile_product<T, vectors, a_row, a_step, a_jump, high, middle + 1>(rows, a, b, n, c, end, factor);
     }
 }
 
@@ -129,39 +140,45 @@ FIVEDP_INLINE void with_vectors(std::int64_t vectors, const Tiles& tiles) {
     tiles(std::integral_constant<int, most>());
 }
 
-// c (rows begin .. end, lanes) = start + panels (first .. first + n)^T b (n, lanes), for the first `vectors` vectors.
+// c (rows begin .. end, lanes) = panels (first .. first + n)^T b (b_first .. b_first + n, lanes), or more (see End),
+// for the first `vectors` vectors. b has b_room rows in all, c has c_room.
 template <class T>
 FIVEDP_INLINE void lane_product(int vectors, const T* panels, std::int64_t step, std::int64_t room, std::int64_t begin,
-                                std::int64_t end, std::int64_t first, std::int64_t n, const T* b, T* c, Start start,
-                                const T* factor) {
-    with_vectors<T>(vectors, [&](auto count) {
-        for (std::int64_t row = begin; row < end; row += step)
-            tile_product<T, count(), 1, panel_rows>(end - row < step ? end - row : step,
-                                                    panels + (row / step * room + first) * panel_rows, b, n,
-                                                    c + row * lane_count<T>, start, factor);
-    });
+                                std::int64_t end, std::int64_t first, std::int64_t n, const T* b, std::int64_t b_first,
+                                std::int64_t b_room, T* c, std::int64_t c_room, End how, const T* factor) {
+    constexpr std::int64_t width = group_lanes<T>;
+    for (int group = 0; group * lane_vectors < vectors; ++group) {
+        const T* const from = b + (group * b_room + b_first) * width;
+        T* const to = c + group * c_room * width;
+        with_vectors<T>(vectors - group * lane_vectors, [&](auto count) {
+            for (std::int64_t row = begin; row < end; row += step)
+                tile_product<T, count(), 1, panel_rows, 0>(end - row < step ? end - row : step,
+                                                           panels + (row / step * room + first) * panel_rows, from, n,
+                                                           to + row * width, how, factor + group * width);
+        });
+    }
 }
 
-// Rows cut into columns as wide as the lanes: element (row, i) is at ((i / lane_count) * room + row) * lane_count + i %
-// lane_count, filled with zeros to whole columns.
+// Rows cut into columns as wide as a group of lanes: element (row, i) is at ((i / group_lanes) * room + row) *
+// group_lanes + i % group_lanes, filled with zeros to whole columns.
 template <class T>
 FIVEDP_INLINE std::int64_t column_size(std::int64_t size) {
-    return round_up(size, lane_count<T>);
+    return round_up(size, group_lanes<T>);
 }
 template <class T>
 FIVEDP_INLINE void to_columns(const T* from, std::int64_t row, std::int64_t size, std::int64_t room, T* columns) {
-    for (std::int64_t i = 0; i < size; i += lane_count<T>) {
-        T* const to = columns + i * room + row * lane_count<T>;
-        const std::int64_t n = size - i < lane_count<T> ? size - i : lane_count<T>;
+    for (std::int64_t i = 0; i < size; i += group_lanes<T>) {
+        T* const to = columns + i * room + row * group_lanes<T>;
+        const std::int64_t n = size - i < group_lanes<T> ? size - i : group_lanes<T>;
         for (std::int64_t c = 0; c < n; ++c) to[c] = from[i + c];
-        for (std::int64_t c = n; c < lane_count<T>; ++c) to[c] = 0;
+        for (std::int64_t c = n; c < group_lanes<T>; ++c) to[c] = 0;
     }
 }
 template <class T>
 FIVEDP_INLINE void from_columns(const T* columns, std::int64_t row, std::int64_t size, std::int64_t room, T* to) {
-    for (std::int64_t i = 0; i < size; i += lane_count<T>) {
-        const T* const from = columns + i * room + row * lane_count<T>;
-        const std::int64_t n = size - i < lane_count<T> ? size - i : lane_count<T>;
+    for (std::int64_t i = 0; i < size; i += group_lanes<T>) {
+        const T* const from = columns + i * room + row * group_lanes<T>;
+        const std::int64_t n = size - i < group_lanes<T> ? size - i : group_lanes<T>;
         for (std::int64_t c = 0; c < n; ++c) to[i + c] = from[c];
     }
 }
@@ -170,13 +187,15 @@ FIVEDP_INLINE void from_columns(const T* columns, std::int64_t row, std::int64_t
 template <class T>
 FIVEDP_INLINE void column_product(const T* factors, std::int64_t begin, std::int64_t end, std::int64_t n, const T* rows,
                                   std::int64_t size, T* sums) {
-    for (std::int64_t i = 0; i < size; i += lane_count<T>) {
-        const std::int64_t left = size - i < lane_count<T> ? size - i : lane_count<T>;
+    constexpr std::int64_t width = group_lanes<T>;
+    constexpr int jump = width == query_tile ? 0 : (int)(key_tile * width);
+    for (std::int64_t i = 0; i < size; i += width) {
+        const std::int64_t left = size - i;
         with_vectors<T>((left + lanes<T> - 1) / lanes<T>, [&](auto count) {
             for (std::int64_t key = begin; key < end; key += panel_rows)
-                tile_product<T, count(), (int)lane_count<T>, 1>(
-                    end - key < panel_rows ? end - key : panel_rows, factors + key * lane_count<T>,
-                    rows + i * lane_count<T>, n, sums + i * key_tile + key * lane_count<T>, Start::sums, nullptr);
+                tile_product<T, count(), (int)width, 1, jump>(end - key < panel_rows ? end - key : panel_rows,
+                                                              factors + key * width, rows + i * query_tile, n,
+                                                              sums + i * key_tile + key * width, End::add, nullptr);
         });
     }
 }
@@ -251,12 +270,12 @@ FIVEDP_INLINE Sight sight(const AttentionProblem& problem, const Span<Index>& q,
 template <class T>
 struct QueryTile {
     using Index = IndexOf<T>;
-    std::int64_t rows;  // in use, at most lane_count
+    std::int64_t rows;  // in use, at most query_tile
     int vectors;        // that hold them
     Span<Index> span;
     bool finite;  // no NaN or infinity in its rows
-    Index position[lane_count<T>], document[lane_count<T>];
-    T slope[lane_count<T>];
+    Index position[query_tile], document[query_tile];
+    T slope[query_tile];
 };
 
 // Where row `row` of a range is: its query and its head.
@@ -275,7 +294,7 @@ FIVEDP_INLINE void describe_tile(const AttentionProblem& problem, const Attentio
     tile.rows = rows;
     tile.vectors = (int)((rows + lanes<T> - 1) / lanes<T>);
     tile.finite = true;
-    for (std::int64_t lane = 0; lane < lane_count<T>; ++lane) {
+    for (std::int64_t lane = 0; lane < query_tile; ++lane) {
         const RowAt at = row_at(problem, range, first + (lane < rows ? lane : rows - 1));
         tile.position[lane] = (Index)problem.q_position[at.query];
         tile.document[lane] = problem.q_document != nullptr ? (Index)problem.q_document[at.query] : 0;
@@ -437,22 +456,31 @@ FIVEDP_INLINE bool sees(const AttentionProblem& problem, const QueryTile<T>& til
            !(problem.window > 0 && (apart >= problem.window || (!problem.causal && -apart >= problem.window)));
 }
 
-// sums (size, lanes) += sum over the keys j that a lane sees of rows[j] * factors[j][lane]: `lane_product` one key at
-// a time, with the same bits, for tiles in which 0 times a masked row would be NaN.
+// Where vector v of row i is, in an array of n rows.
+template <class T>
+FIVEDP_INLINE std::int64_t vector_at(int v, std::int64_t n, std::int64_t i) {
+    return (v / lane_vectors * n + i) * group_lanes<T> + v % lane_vectors * lanes<T>;
+}
+
+// sums (size, lanes) = sums * factor + sum over the keys j that a lane sees of rows[j] * weights[j][lane]:
+// `lane_product` with the same bits, for tiles in which 0 times a masked row would be NaN.
 template <class T>
 FIVEDP_NOINLINE void add_visible_keys(const AttentionProblem& problem, const QueryTile<T>& tile,
-                                      const KeyBlock<T>& block, std::int64_t first, KeyRange keys, const T* factors,
-                                      const T* rows, std::int64_t row_length, std::int64_t size, T* sums) {
-    for (std::int64_t j = keys.begin; j < keys.end; ++j)
-        for (int v = 0; v < tile.vectors; ++v) {
-            const Vec<IndexOf<T>> seen =
-                visible<T>(problem, tile, v, block.position[first + j], block.document[first + j]);
-            const Vec<T> factor = load<Vec<T>>(factors + j * lane_count<T> + v * lanes<T>);
-            for (std::int64_t i = 0; i < size; ++i) {
-                T* const to = sums + i * lane_count<T> + v * lanes<T>;
-                const Vec<T> sum = load<Vec<T>>(to);
-                store(to, seen ? fused(broadcast<T>(rows[j * row_length + i]), factor, sum) : sum);
+                                      const KeyBlock<T>& block, std::int64_t first, KeyRange keys, const T* weights,
+                                      const T* rows, std::int64_t row_length, std::int64_t size, const T* factor,
+                                      T* sums) {
+    for (int v = 0; v < tile.vectors; ++v)
+        for (std::int64_t i = 0; i < size; ++i) {
+            Vec<T> sum = {};
+            for (std::int64_t j = keys.begin; j < keys.end; ++j) {
+                const Vec<IndexOf<T>> seen =
+                    visible<T>(problem, tile, v, block.position[first + j], block.document[first + j]);
+                const Vec<T> weight = load<Vec<T>>(weights + vector_at<T>(v, key_tile, j));
+                sum = seen ? fused(broadcast<T>(rows[j * row_length + i]), weight, sum) : sum;
             }
+            T* const to = sums + vector_at<T>(v, size, i);
+            const Vec<T> before = load<Vec<T>>(to);
+            store(to, factor == nullptr ? before + sum : fused(before, load<Vec<T>>(factor + v * lanes<T>), sum));
         }
 }
 
@@ -461,15 +489,17 @@ template <class T>
 FIVEDP_NOINLINE void add_visible_lanes(const AttentionProblem& problem, const QueryTile<T>& tile,
                                        const KeyBlock<T>& block, std::int64_t first, KeyRange keys, const T* factors,
                                        const T* rows, std::int64_t size, T* sums) {
+    constexpr std::int64_t width = group_lanes<T>;
     for (std::int64_t j = keys.begin; j < keys.end; ++j)
-        for (std::int64_t r = 0; r < tile.rows; ++r) {
-            if (!sees<T>(problem, tile, r, block.position[first + j], block.document[first + j])) continue;
-            const Vec<T> factor = broadcast<T>(factors[j * lane_count<T> + r]);
-            for (std::int64_t i = 0; i < column_size<T>(size); i += lanes<T>) {
-                const std::int64_t column = i / lane_count<T>, at = i % lane_count<T>;
-                const T* const from = rows + (column * lane_count<T> + r) * lane_count<T> + at;
-                T* const to = sums + (column * key_tile + j) * lane_count<T> + at;
-                store(to, fused(factor, load<Vec<T>>(from), load<Vec<T>>(to)));
+        for (std::int64_t i = 0; i < column_size<T>(size); i += lanes<T>) {
+            const std::int64_t column = i / width, at = i % width;
+            Vec<T> sum = {};
+            for (std::int64_t r = 0; r < tile.rows; ++r) {
+                if (!sees<T>(problem, tile, r, block.position[first + j], block.document[first + j])) continue;
+                const T factor = factors[(r / width * key_tile + j) * width + r % width];
+                sum = fused(broadcast<T>(factor), load<Vec<T>>(rows + (column * query_tile + r) * width + at), sum);
             }
+            T* const to = sums + (column * key_tile + j) * width + at;
+            store(to, load<Vec<T>>(to) + sum);
         }
 }

@@ -64,9 +64,11 @@ constexpr GemmKernel gemm_kernel() {
 
 template <class T>
 constexpr AttentionKernel attention_kernel() {
-    return {forward_rows,          backward_rows,
-            lane_count<T>,         &attention_forward_bytes<T>,
-            &attention_forward<T>, &attention_backward_bytes<T>,
+    return {forward_rows,
+            backward_rows,
+            &attention_forward_bytes<T>,
+            &attention_forward<T>,
+            &attention_backward_bytes<T>,
             &attention_backward<T>};
 }
 

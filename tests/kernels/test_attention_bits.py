@@ -1,7 +1,7 @@
 """The order of every sum of attention is fixed: which bits change with the way of computing, and which don't.
 
-Forward and d_q: a query's sums are over its keys in tiles of 84, whoever computes it. d_k and d_v: over the queries in
-rising order, however they are cut.
+Forward and d_q: a query's sums are those of its key tiles (84 keys) in rising order, whoever computes it. d_k and d_v: a
+key's sums are those of the query tiles (64 query rows) in rising order. A cut at the border of a tile changes no bit.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fivedp.kernels import gemm
 from fivedp.reference import attention_reference as oracle
 
 KEY_TILE = 84
+QUERY_TILE = 64  # queries, where the heads that share a key head are 1 or odd
 
 MASKS: dict[str, Any] = {
     "full": {},
@@ -83,27 +84,33 @@ def test_a_state_has_the_same_bits_when_keys_come_in_pieces_of_whole_tiles(seed:
 
 @pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
-def test_gradients_have_the_same_bits_when_keys_come_in_any_pieces(seed: int, dtype: Any, kind: str) -> None:
+def test_gradients_have_the_same_bits_when_keys_come_in_pieces_of_whole_tiles(seed: int, dtype: Any, kind: str) -> None:
     rng = np.random.default_rng(seed)
     keys = 400
     case = draw_case(rng, dtype, batch=2, kv_heads=2, group=2, queries=60, keys=keys, size=20, **MASKS[kind])
     whole = all_of(case)
-    for cuts in ([84, 336], sorted(rng.integers(0, keys + 1, 3).tolist()), [1, 2, 399]):
+    for cuts in ([84, 336], [168], [0, 252, 252]):
         assert_same_bits(all_of(case, k_borders=[0, *cuts, keys]), whole)
+    for cuts in (sorted(rng.integers(0, keys + 1, 3).tolist()), [1, 2, 399]):  # those of the keys in any pieces
+        *_, d_k, d_v = all_of(case, k_borders=[0, *cuts, keys])
+        assert bits(d_k) == bits(whole[3])
+        assert bits(d_v) == bits(whole[4])
 
 
 @pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("group", [1, 3])
-def test_gradients_have_the_same_bits_when_queries_come_in_any_pieces(
+def test_gradients_have_the_same_bits_when_queries_come_in_pieces_of_whole_tiles(
     seed: int, dtype: Any, kind: str, group: int
 ) -> None:
     rng = np.random.default_rng(seed)
     queries = 150
     case = draw_case(rng, dtype, batch=2, kv_heads=2, group=group, queries=queries, keys=170, size=20, **MASKS[kind])
     whole = all_of(case)
-    for cuts in ([64], sorted(rng.integers(0, queries + 1, 3).tolist()), [1, 2, 149]):
+    for cuts in ([64], [128], [0, 64, 128, 128]):
         assert_same_bits(all_of(case, q_borders=[0, *cuts, queries]), whole)
+    for cuts in (sorted(rng.integers(0, queries + 1, 3).tolist()), [1, 2, 149]):  # those of the queries in any pieces
+        assert_same_bits(all_of(case, q_borders=[0, *cuts, queries])[:3], whole)
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -111,7 +118,7 @@ def test_so_many_queries_that_a_call_takes_them_in_chunks(seed: int, group: int)
     rng = np.random.default_rng(seed)
     case = draw_case(rng, np.float32, group=group, queries=2500, keys=60, causal=True, order="random")
     whole = all_of(case)
-    cuts = sorted(rng.integers(0, 2501, 2).tolist())
+    cuts = sorted((QUERY_TILE * rng.integers(0, 40, 2)).tolist())
     assert_same_bits(all_of(case, q_borders=[0, *cuts, 2500]), whole)
 
 
@@ -186,11 +193,11 @@ def test_a_nan_changes_no_bit_of_the_rows_that_do_not_see_it(seed: int, dtype: A
     dtype=st.sampled_from(REAL_TYPES),
     kind=st.sampled_from(list(MASKS)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    queries=st.integers(1, 70),
+    queries=st.integers(1, 140),
     keys=st.integers(1, 260),
     head_sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
 )
-def test_any_cuts_give_the_bits_of_the_plain_call(
+def test_any_cuts_between_tiles_give_the_bits_of_the_plain_call(
     seed: int, dtype: Any, kind: str, heads: tuple[int, int], queries: int, keys: int, head_sizes: tuple[int, int]
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -199,10 +206,12 @@ def test_any_cuts_give_the_bits_of_the_plain_call(
         v_size=head_sizes[1], **MASKS[kind],
     )  # fmt: skip
     whole = all_of(case)
-    q_cuts, k_cuts = (sorted(rng.integers(0, n + 1, 2).tolist()) for n in (queries, keys))
+    q_cuts, k_cuts = (
+        sorted(tile * int(rng.integers(n // tile + 1)) for _ in range(2))
+        for n, tile in ((queries, QUERY_TILE), (keys, KEY_TILE))
+    )
     assert_same_bits(all_of(case, [0, *q_cuts, queries], [0, *k_cuts, keys]), whole)
-    k_tiles = sorted(KEY_TILE * int(rng.integers(keys // KEY_TILE + 1)) for _ in range(2))
-    assert_same_bits(list(forward(case, [0, *k_tiles, keys])), whole[:2])
+    assert_same_bits(list(forward(case, [0, *k_cuts, keys])), whole[:2])
 
 
 PROGRAM = """
