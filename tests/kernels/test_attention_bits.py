@@ -1,7 +1,7 @@
 """The order of every sum of attention is fixed: which bits change with the way of computing, and which don't.
 
-Forward and d_q: a query's sums are those of its key tiles (84 keys) in rising order, whoever computes it. d_k and d_v: a
-key's sums are those of the query tiles (64 query rows) in rising order. A cut at the border of a tile changes no bit.
+Forward and d_q: a query's sums are those of its key tiles (84 keys) in rising order, whoever computes it. d_k and d_v:
+a key's sums are those of the query tiles (64 query rows) in rising order. A cut at a border of tiles changes no bit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attention_operands import Case, backward, draw_case, forward, part, pieces, places
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_operands import REAL_TYPES, bits
 
+from attention_operands import Case, backward, draw_case, forward, part, pieces, places
 from fivedp.kernels import attention as kernel
 from fivedp.kernels import gemm
 from fivedp.reference import attention_reference as oracle
