@@ -170,7 +170,7 @@ def test_an_honest_attention_is_accepted(mask: Mask, dtype: str, backward: bool)
     batch = 1 if mask.documents else 2
     check = judged(a_case(mask=mask, dtype=dtype, backward=backward, batch=batch))
     assert check.wrong == ""
-    assert check.found()["imprecise"] == {}
+    assert check.found()["error"] <= 2 * check.found()["honest_error"]
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -276,7 +276,7 @@ def a_row(**changes: Any) -> report.Row:
         "ranks": 2, "wrong": "", "mesh": "p=2", "bytes": {"counted": 8000, "planned": 8000, "bound": 6000},
         "memory": {"peak": 1000, "not_stored": 39200}, "pairs": [4970, 4970], "balance": 1.0, "seconds": 1e-3,
         "samples": [1e-3], "flops": 1, "gflops": 1.0, "share_of_peak": 0.5, "error": 1e-7, "honest_error": 2e-7,
-        "errors": {"o": 1e-7, "lse": 1e-8}, "honest_errors": {"o": 2e-7, "lse": 1e-8}, "imprecise": {},
+        "errors": {"o": 1e-7, "lse": 1e-8}, "honest_errors": {"o": 2e-7, "lse": 1e-8},
         "conservation": 0.0, "same_bits": None, "repeatable": True,
     }  # fmt: skip
     return row | changes
@@ -295,8 +295,6 @@ def test_a_row_says_what_was_sent_priced_and_needed(tmp_path: Path) -> None:
     assert "WRONG: sent 8000 bytes where 9000 were planned" in more[-1]
     canonical = a_row(canonical_price={"ratio": 1.25, "spread": [1.1, 1.5]})
     assert "canonical order takes 1.25 times" in report.row_lines(canonical, paint)[1]
-    worse = a_row(imprecise={"dk": 2.25})
-    assert "dk 2.2; the aim is 2" in report.row_lines(worse, paint)[1]
     machine = {"ranks": 2}
     result = report.new(machine, {}, 1, "2026-01-01") | {"rows": [canonical, a_row(skipped="too few ranks")]}
     report.write_json(result, tmp_path / "r.json")

@@ -263,8 +263,6 @@ def summary(result: Result) -> str:
     skipped = sum(bool(row.get("skipped")) for row in rows)
     text = f"{len(rows) - skipped} measured, {skipped} not run, "
     text += f"{len(bad)} WRONG" if bad else "all right"
-    if imprecise := sum(bool(row.get("imprecise")) for row in rows):
-        text += f"; {imprecise} with more than twice the error of a plain computation"
     if any(row.get("share_of_peak", 0) > 1 for row in rows):
         text += "; shares above 100%: the ceiling was measured while the machine was busier than later"
     return text

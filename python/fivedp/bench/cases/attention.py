@@ -319,14 +319,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _notes(row: Row) -> list[str]:
-    notes = []
-    if price := row.get("canonical_price"):
-        low, high = price["spread"]
-        notes.append(f"canonical order takes {price['ratio']:.2f} times the time of order ring ({low:.2f}-{high:.2f})")
-    if worse := row["imprecise"]:
-        names = ", ".join(f"{name} {ratio:.1f}" for name, ratio in worse.items())
-        notes.append(f"error over that of a plain computation: {names}; the aim is 2")
-    return notes
+    price = row.get("canonical_price")
+    if price is None:
+        return []
+    low, high = price["spread"]
+    return [f"canonical order takes {price['ratio']:.2f} times the time of order ring ({low:.2f}-{high:.2f})"]
 
 
 def _heading(row: Row) -> tuple[str, str]:
