@@ -2,8 +2,8 @@
 
 A row of o or dq needs all keys of its head, a row of dk or dv all queries too: two heads and a row of each of 24 parts
 of the sequence are sampled, so every rank's share has some. What rounding explains is told by a plain computation of
-the same rows in the same type: products in float32 for bfloat16, with weights and results rounded. A key too many or too few is
-far beyond that.
+the same rows in the same type: products in float32 for bfloat16, with weights and results rounded. A key too many or
+too few is far beyond that.
 """
 
 from __future__ import annotations

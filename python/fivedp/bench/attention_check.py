@@ -4,10 +4,10 @@
 float64 itself) from inputs made from their seeds; so are the gradients of some queries and keys of one key head. The
 error is compared with that of a plain computation in the type of the inputs: sums in float32 for 16-bit types, the
 weights rounded before the second product as a 16-bit product has them. More than twice that is wrong. A gradient needs
-the log-sum-exp and delta of every query of its head: each rank works out a part of the sequence, once for all cases on the same inputs, so a long
-sequence costs S^2 D of one head and no S x S memory. *Conservation*: weights of a query sum to one, so dv sums to the
-sum of do; and o is linear in v, logits in q and in k, so <do, o> = <v, dv> and <q, dq> = <k, dk> for every key head,
-whatever the weights. Each rank adds what it holds, so every element is read.
+the log-sum-exp and delta of every query of its head: each rank works out a part of the sequence, once for all cases on
+the same inputs, so a long sequence costs S^2 D of one head and no S x S memory. *Conservation*: weights of a query sum
+to one, so dv sums to the sum of do; and o is linear in v, logits in q and in k, so <do, o> = <v, dv> and <q, dq> = <k,
+dk> for every key head, whatever the weights. Each rank adds what it holds, so every element is read.
 """
 
 from __future__ import annotations
