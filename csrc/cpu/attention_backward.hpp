@@ -17,7 +17,7 @@ template <class T>
 struct BackwardScratch {
     std::int64_t rows, tiles;
     // Of the range, tile by tile: (size, lanes), columns of rows, and a number for each lane.
-    T *queries, *gradients, *d_queries, *query_columns, *gradient_columns, *log_sum, *delta;
+    T *queries, *gradients, *d_queries, *query_columns, *gradient_columns, *log_sum, *log_sum_rest, *delta;
     // Of a block, key tile by key tile: panels of keys and of features, and columns of rows.
     T *key_panels, *key_feature_panels, *value_panels, *d_keys, *d_values;
     T *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels, lanes and columns
@@ -41,6 +41,7 @@ FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& proble
     s.query_columns = take<T>(at, all * column_size<T>(problem.size));
     s.gradient_columns = take<T>(at, all * column_size<T>(problem.v_size));
     s.log_sum = take<T>(at, all);
+    s.log_sum_rest = take<T>(at, all);
     s.delta = take<T>(at, all);
     s.key_panels = take<T>(at, 4 * key_panels_size<T>(problem.size) + slack<T>);
     s.key_feature_panels = take<T>(at, 4 * feature_panels_size<T>(problem.size) + slack<T>);
@@ -63,16 +64,29 @@ FIVEDP_NOINLINE std::int64_t attention_backward_bytes(const AttentionProblem& pr
     return backward_scratch<T>(problem, rows, nullptr).bytes;
 }
 
+// x log2(e) as a sum of two numbers: a weight is 2^(logit - log_sum), whose relative error is the absolute one of the
+// exponent, so half a unit of a large log-sum-exp would be felt.
+template <class T>
+FIVEDP_INLINE void to_log2(T x, T& whole, T& rest) {
+    whole = x * (T)log2_of_e;
+    const T lower = sizeof(T) == 8 ? (T)log2_of_e_rest : (T)(log2_of_e - (T)log2_of_e);
+    const T rounded = sizeof(T) == 8 ? (T)__builtin_fma(x, log2_of_e, -(double)whole)
+                                     : (T)((double)x * (double)(T)log2_of_e - (double)whole);
+    rest = rounded + x * lower;
+    if (!(rest == rest)) rest = 0;  // an infinite one has no rest
+}
+
 // weights (in place of the logits) and d_logits (in place of V d_out^T), of a key tile; masked pairs are 0 in both.
 template <class T>
 FIVEDP_INLINE void unweigh(const AttentionProblem& problem, const QueryTile<T>& tile, const KeyBlock<T>& block,
                            std::int64_t first, KeyRange keys, Sight seen, T* logits, T* d_weights, const T* log_sum,
-                           const T* delta) {
+                           const T* log_sum_rest, const T* delta) {
     using V = Vec<T>;
     const bool plain = problem.softcap == 0 && problem.slopes == nullptr;
     const V scale = broadcast<T>((T)problem.scale);
     for (int v = 0; v < tile.vectors; ++v) {
-        const V sum = load<V>(log_sum + v * lanes<T>), share = load<V>(delta + v * lanes<T>);
+        const V sum = load<V>(log_sum + v * lanes<T>), rest = load<V>(log_sum_rest + v * lanes<T>);
+        const V share = load<V>(delta + v * lanes<T>);
         for (std::int64_t j = keys.begin; j < keys.end; ++j) {
             T* const at = logits + vector_at<T>(v, key_tile, j);
             T* const d_at = d_weights + vector_at<T>(v, key_tile, j);
@@ -85,7 +99,7 @@ FIVEDP_INLINE void unweigh(const AttentionProblem& problem, const QueryTile<T>& 
                 }
                 x = finish_logit<T>(problem, tile, v, x, block.position[first + j]);
             }
-            V weight = exp2<T>(x - sum);
+            V weight = exp2<T>((x - sum) - rest);
             V d_logit = weight * (load<V>(d_at) - share) * slope;
             if (seen == Sight::some) {
                 const Vec<IndexOf<T>> mask =
@@ -165,12 +179,12 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
         for (std::int64_t row = first; row < first + query_tile; ++row) {
             // 2^(logit - inf) is 0: for lanes without a row, and rows that see no key.
             s.log_sum[row] = __builtin_inf();
-            s.delta[row] = 0;
+            s.log_sum_rest[row] = s.delta[row] = 0;
             if (row >= rows) continue;
             const RowAt at = row_at(problem, range, row);
             const std::int64_t flat = (range.batch * problem.heads + at.head) * problem.n_queries + at.query;
             const T sum = all_log_sum[flat];
-            if (!(sum == (T)-__builtin_inf())) s.log_sum[row] = sum * (T)log2_of_e;
+            if (!(sum == (T)-__builtin_inf())) to_log2(sum, s.log_sum[row], s.log_sum_rest[row]);
             s.delta[row] = all_delta[flat];
         }
     }
@@ -203,7 +217,7 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
                                 keys.begin, keys.end, 0, v_size, s.gradients + row * v_size, 0, v_size, s.d_logits,
                                 key_tile, End::store, nullptr);
                 unweigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.d_logits, s.log_sum + row,
-                           s.delta + row);
+                           s.log_sum_rest + row, s.delta + row);
                 T* const d_keys = s.d_keys + k * key_tile * columns;
                 T* const d_values = s.d_values + k * key_tile * v_columns;
                 if (seen == Sight::all || tile.finite) {

@@ -411,7 +411,8 @@ FIVEDP_INLINE KeyRange seen_keys(const AttentionProblem& problem, const QueryTil
     return range;
 }
 
-static constexpr double log2_of_e = 1.4426950408889634074;
+// log2(e), and what double leaves of it.
+static constexpr double log2_of_e = 1.4426950408889634074, log2_of_e_rest = 2.0355273740931033e-17;
 
 // The logit of one key for the lanes of vector v, in units of log(2), from the product with the scaled query.
 template <class T>
