@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -385,13 +386,16 @@ class RankItem(pytest.Item):
         return self.path, 0, f"{self.path.name} on {self.n_ranks} rank{'s' * (self.n_ranks != 1)}"
 
 
+_TAKING = threading.Lock()
+
+
 class Launch:
     """Files on one number of ranks, run in one launch."""
 
     def __init__(self, items: list[RankItem]) -> None:
         self.items, self.config, self.n_ranks = items, items[0].config, items[0].n_ranks
         self.begun: Future[Finished] | None = None
-        """What the second stream makes of it."""
+        """What comes of it, once the second stream or this process has taken it."""
         self._finished: Finished | None = None
 
     def task(self) -> tuple[Callable[..., Finished], dict[str, object]]:
@@ -410,13 +414,21 @@ class Launch:
             "env": {SEED: seed},
         }  # fmt: skip
 
+    def take(self, begun: Future[Finished]) -> bool:
+        """Say that the caller runs it; False where somebody does already."""
+        with _TAKING:
+            free = self.begun is None
+            self.begun = begun if free else self.begun
+        return free
+
     def finished(self) -> Finished:
         """The end of the launch, which begins now unless the second stream has it."""
         if self._finished is None:
-            if self.begun is None or self.begun.cancel():
+            if self.take(Future()):
                 run, arguments = self.task()
                 self._finished = run(**arguments)
             else:
+                assert self.begun is not None
                 self._finished = self.begun.result()
             total = self.config.stash[COUNTS_KEY]
             total["launches"] = total.get("launches", 0) + 1
@@ -463,17 +475,30 @@ class SecondStream:
         self._pool = ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), _settle_stream, (bytecode_folder(), os.getpid())
         )
-        for launch in reversed(launches):
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(list(reversed(launches)),), daemon=True)
+        self._thread.start()
+
+    def _run(self, launches: list[Launch]) -> None:
+        # One by one: the pool would fetch a second launch before the first has ended, and nobody else could run it.
+        for launch in launches:
+            begun: Future[Finished] = Future()
+            if self._ended.is_set() or not launch.take(begun):
+                continue
             run, arguments = launch.task()
-            launch.begun = self._pool.submit(run, **arguments)
-        self._launches = launches
+            try:
+                begun.set_result(self._pool.submit(run, **arguments).result())
+            except BaseException as error:  # whatever it is, whoever waits must hear of it
+                begun.set_exception(error)
 
     def end(self) -> None:
         """End the launch under way, begin no other."""
-        if not all(launch.begun is not None and launch.begun.done() for launch in self._launches):
+        self._ended.set()
+        while self._thread.is_alive():
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()
-        self._pool.shutdown(cancel_futures=True)
+            self._thread.join(5.0)  # to end a launch takes a second or two
+        self._pool.shutdown()
 
 
 def _settle_stream(bytecode: str, parent: int) -> None:
