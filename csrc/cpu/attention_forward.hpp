@@ -8,8 +8,8 @@
 //                 output (features, lanes) = output * factor + V^T weights
 //                                                                  register tiles of 6 features and 4 vectors
 //
-// FLOPs: 2 (size + v_size) a visible pair and head. Bytes: K and V are read once per range of queries (about
-// rows_per_chunk rows), q and the state once per call. The state is not normalised, so that a call takes up where
+// FLOPs: 2 (size + v_size) a visible pair and head. Bytes: K and V are read once per range of queries (at most about
+// `forward_rows` rows), q and the state once per call. The state is not normalised, so that a call takes up where
 // another one stopped (a ring's next hop) and nothing is rounded between them.
 //
 // The online softmax is that of Milakov and Gimelshein (2018), in blocks as in FlashAttention (Dao et al., 2022).
