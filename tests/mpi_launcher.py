@@ -14,9 +14,10 @@ A launch ends in one of four ways, and never hangs: its own exit status; the dea
 although its tests are not; ranks that finished their tests and do not end. In the last three every rank first writes
 the stacks of its threads (SIGUSR1, faulthandler), then everything that belongs to the launch is killed.
 
-Launches wait much, so where there are two cores two are under way: this process runs its items from the first to the
-last, and a second one takes launches from the last to the first until they meet (`SecondStream`). Items are reported in
-their order all the same.
+Launches wait much: with `--mpi-at-once 2` two are under way. This process runs its items from the first to the last,
+and a second one takes launches from the last to the first until they meet (`SecondStream`). Items are reported in their
+order all the same. It is not the default: under Open MPI that second process has been lost once, and its launches with
+it.
 
 `run_mpi` is the same launch for a test's own program: a crash, a hang, a benchmark.
 """
@@ -529,8 +530,9 @@ class LauncherSide:
                 together.setdefault(item.n_ranks, []).append(item)
         launches = [Launch(together[n_ranks]) for n_ranks in sorted(together)]
         config.stash[LAUNCHES_KEY] = {item: launch for launch in launches for item in launch.items}
-        at_once = config.getoption("mpi_at_once") or min(2, len(os.sched_getaffinity(0)))
-        alone = at_once == 1 or len(session.items) < 2 or not launches or config.option.collectonly
+        alone = (
+            config.getoption("mpi_at_once") == 1 or len(session.items) < 2 or not launches or config.option.collectonly
+        )
         stream = None if alone else SecondStream(launches)
         try:
             return (yield)

@@ -126,7 +126,7 @@ def test_a_wrong_gradient_and_a_wrong_price_of_attention_end_with_status_1() -> 
     done = run_mpi(2, SPOILED_ATTENTION, args=words, timeout=120)
     assert done.returncode != 0
     assert "2 measured, 0 not run, 2 WRONG" in done.stdout, done.output
-    # Of 20 tokens each, the later rank sends all, the earlier one the half that is seen; k and v, 2 heads of 8 elements.
+    # Of 20 tokens each, the later rank sends all, the earlier one the half that is seen; k and v, 2 heads of 8.
     sent = (20 + 10) * 2 * 2 * 8 * 4
     assert f"sent {sent} bytes where {sent + 1} were planned" in done.stdout, done.output
 
