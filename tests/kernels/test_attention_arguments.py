@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attention_operands import draw_case, forward, places
 from kernel_operands import BF16, bits
 
+from attention_operands import draw_case, forward, places
 from fivedp import _cpu
 from fivedp.kernels import attention as kernel
 from fivedp.kernels.attention import Mask, State

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attention_operands import Case, backward, check_values, draw_case, forward, gradients, places
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_operands import BF16, REAL_TYPES, with_strides
 
+from attention_operands import Case, backward, check_values, draw_case, forward, gradients, places
 from fivedp.kernels import attention as kernel
 from fivedp.kernels.attention import Mask
 from fivedp.reference import attention_reference as oracle
