@@ -7,6 +7,7 @@ of the backward alone: its forward belongs to the preparation.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,9 @@ class AttentionPeer(Peer):
     case: dict[str, Any]
     tokens: Array
 
+    @abstractmethod
     def outcome(self) -> dict[str, Array]:
         """o, or dq, dk and dv, of this rank's tokens: (tokens, heads, head_size)."""
-        raise NotImplementedError
 
     def check(self, order: dict[str, Any]) -> dict[str, Any]:
         """The rows of `order["tokens"]` that this rank holds, of `order["heads"]`, and which of them they are."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch_threads import TYPES, tensor
-from worker import Peer, inputs, serve, span
+from worker import ProductPeer, inputs, serve, span
 
 R, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
 # placements of A, B and C on a line of ranks
@@ -26,7 +26,7 @@ LINES = {
 }
 
 
-class Tensors(Peer):
+class Tensors(ProductPeer):
     def __init__(self) -> None:
         torch.set_num_threads(1)
         dist.init_process_group("gloo")

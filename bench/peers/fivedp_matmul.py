@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from worker import Peer, serve
+from worker import ProductPeer, serve
 
 import fivedp
 from fivedp.bench import operands
@@ -15,7 +15,7 @@ from fivedp.bench.cases.gemm import Case, strategy
 from fivedp.bench.pieces import layouts, make, open_grid, place
 
 
-class Fivedp(Peer):
+class Fivedp(ProductPeer):
     def __init__(self) -> None:
         from fivedp.kernels import gemm
 

@@ -12,13 +12,13 @@ import heat as ht
 import torch
 from mpi4py import MPI
 from torch_threads import tensor
-from worker import Peer, inputs, serve, span
+from worker import ProductPeer, inputs, serve, span
 
 # splits of A and B, and the one of C that heat returns
 WAYS = {"block-rows": (0, 0), "sequence-column": (0, 1), "row": (1, 0), "column": (None, 1)}
 
 
-class Heat(Peer):
+class Heat(ProductPeer):
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self.rank, self.size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size

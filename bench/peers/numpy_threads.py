@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from worker import Peer, inputs, serve
+from worker import ProductPeer, inputs, serve
 
 
-class NumpyThreads(Peer):
+class NumpyThreads(ProductPeer):
     def prepare(self, case: dict[str, Any]) -> str | None:
         if case["dtype"] not in ("float32", "float64", "complex64", "complex128"):
             return f"NumPy has no BLAS for {case['dtype']}"

@@ -12,10 +12,10 @@ import numpy as np
 from mpi4py import MPI
 from pylops_mpi import DistributedArray, Partition
 from pylops_mpi.basicoperators import MPIMatrixMult
-from worker import Peer, inputs, serve
+from worker import ProductPeer, inputs, serve
 
 
-class Summa(Peer):
+class Summa(ProductPeer):
     def __init__(self) -> None:
         self.comm = MPI.COMM_WORLD
         self.rank, self.size = self.comm.rank, self.comm.size

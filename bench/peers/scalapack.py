@@ -14,13 +14,13 @@ from ctypes import byref, c_double, c_float, c_int, c_void_p
 from typing import Any
 
 import numpy as np
-from worker import Peer, operands, serve
+from worker import ProductPeer, operands, serve
 
 BLOCKS = (64, 128, 256)
 ROUTINES = {"float32": ("psgemm_", c_float), "float64": ("pdgemm_", c_double)}
 
 
-class Scalapack(Peer):
+class Scalapack(ProductPeer):
     def __init__(self) -> None:
         ctypes.CDLL("libmpi.so.40", mode=ctypes.RTLD_GLOBAL)
         self.library = ctypes.CDLL(os.environ.get("FIVEDP_SCALAPACK", "libscalapack-openmpi.so.2.2"))

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from worker import Peer, inputs, serve
+from worker import ProductPeer, inputs, serve
 
 TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -18,7 +18,7 @@ def tensor(array: Any) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-class TorchThreads(Peer):
+class TorchThreads(ProductPeer):
     def prepare(self, case: dict[str, Any]) -> str | None:
         if case["dtype"] not in TYPES:
             return f"not measured for {case['dtype']}"

@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,28 +66,43 @@ def signs(seed: int, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.random.default_rng([seed, 7]).integers(0, 2, n) * 2.0 - 1.0
 
 
-class Peer:
-    """A program that is compared. Subclasses fill in the first four methods; `rank` and `size` before `serve`."""
+class Peer(ABC):
+    """A program that is compared; `rank` and `size` are set before `serve`."""
 
     rank, size = 0, 1
 
+    @abstractmethod
     def prepare(self, case: dict[str, Any]) -> str | None:
         """Make the inputs of `case`; a text says why this program cannot run it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self) -> None:
         """The work once."""
-        raise NotImplementedError
 
-    def barrier(self) -> None:
+    def barrier(self) -> None:  # noqa: B027
         """Wait for the other ranks; nothing in a single process."""
 
+    @abstractmethod
+    def check(self, order: dict[str, Any]) -> dict[str, Any]:
+        """What the driver's work asks for of this rank's part of the result."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is used: versions, BLAS core, threads."""
+        import threadpoolctl
+
+        return {"blas": [{k: i.get(k) for k in ("internal_api", "version", "architecture", "num_threads")}
+                         for i in threadpoolctl.threadpool_info()]}  # fmt: skip
+
+
+class ProductPeer(Peer):
+    """A program that computes C = A B."""
+
+    @abstractmethod
     def result(self) -> tuple[Any, Any, Any] | None:
         """This rank's part of C with its global rows and columns, each (start, stop) or an array of indices.
 
         None where another rank holds the same part.
         """
-        raise NotImplementedError
 
     def check(self, order: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of C times signs: {"rows": [...], "values": [...]}."""
@@ -99,13 +115,6 @@ class Peer:
         c = np.asarray(c)
         values = np.concatenate([c[i : i + 512].astype(np.float64) @ x for i in range(0, len(c), 512)] or [np.zeros(0)])
         return {"rows": rows.tolist(), "values": values.tolist()}
-
-    def facts(self) -> dict[str, Any]:
-        """What is used: versions, BLAS core, threads."""
-        import threadpoolctl
-
-        return {"blas": [{k: i.get(k) for k in ("internal_api", "version", "architecture", "num_threads")}
-                         for i in threadpoolctl.threadpool_info()]}  # fmt: skip
 
 
 def _answer(peer: Peer, order: dict[str, Any]) -> dict[str, Any]:
