@@ -6,8 +6,8 @@
 //             for each key tile that the mask leaves something of:
 //                 weights = 2^(K q^T - log_sum)                (keys, lanes)
 //                 d_logits = weights * (V d_out^T - delta)     (keys, lanes)
-//                 d_v += weights d_out,  d_k += d_logits q             (keys, features), register tiles of keys and
-//                 columns d_q += K^T d_logits                                  (features, lanes)
+//                 d_v += weights d_out,  d_k += d_logits q     (keys, features)
+//                 d_q += K^T d_logits                          (features, lanes)
 //
 // FLOPs: 2 (3 size + 2 v_size) a visible pair and head. d_q, d_k and d_v are of the type of sums and are added to: d_q
 // gets the sums of key tiles in rising order, d_k and d_v those of query tiles in rising order, counted from the start

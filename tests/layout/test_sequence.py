@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fivedp.layout.sequence import LAYOUTS, Tokens, join, place, reading_order, seen_span, seen_spans, token_indices
+from fivedp.layout.sequence import LAYOUTS, Tokens, join, place, reading_order, seen_spans, token_indices
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,7 +63,7 @@ def test_the_seen_span_is_what_looking_at_every_pair_finds(
 
     seen = [number for number, key in enumerate(keys) if any(sees(query, key) for query in queries)]
     wanted = (seen[0], seen[-1] + 1) if seen else (0, 0)
-    assert seen_span(tokens(queries), tokens(keys), causal, window) == wanted
+    assert seen_spans((tokens(queries),), (tokens(keys),), causal, window) == ((wanted,),)
 
 
 def test_under_a_causal_mask_later_ranks_of_a_zigzag_see_the_first_half_of_a_share() -> None:
@@ -77,7 +77,8 @@ def test_under_a_causal_mask_later_ranks_of_a_zigzag_see_the_first_half_of_a_sha
 
 def test_positions_near_the_largest_are_seen() -> None:
     high = np.array([2**31 - 2])
-    first, last = place(np.array([0]), None), place(high, None)
-    assert seen_span(last, last, True, 1) == (0, 1)
-    assert seen_span(first, last, True, 0) == (0, 0)
-    assert seen_span(first, last, False, 0) == (0, 1)
+    ends = (place(np.array([0]), None), place(high, None))
+    none, one = (0, 0), (0, 1)
+    assert seen_spans(ends, ends, True, 1) == ((one, none), (none, one))
+    assert seen_spans(ends, ends, True, 0) == ((one, none), (one, one))
+    assert seen_spans(ends, ends, False, 0) == ((one, one), (one, one))

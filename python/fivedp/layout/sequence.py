@@ -72,14 +72,6 @@ def reading_order(tokens: Tokens) -> Indices:
 _SPREAD = np.int64(1) << 33  # more than any difference of positions
 
 
-def seen_span(queries: Tokens, keys: Tokens, causal: bool, window: int) -> Span:
-    """The shortest range [begin, end) of the keys that holds all those which any of the queries sees; (0, 0) if none.
-
-    A query sees the keys of its document with j <= i if causal, and within the window.
-    """
-    return _seen_span(_numbers(queries), keys, causal, window)
-
-
 def _numbers(tokens: Tokens) -> Indices:
     """A number for each token, sorted: positions of different documents are far apart."""
     return np.sort(tokens.document * _SPREAD + tokens.position)
@@ -101,7 +93,10 @@ def _seen_span(queries: Indices, keys: Tokens, causal: bool, window: int) -> Spa
 def seen_spans(
     queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
 ) -> tuple[tuple[Span, ...], ...]:
-    """[r][s]: the range of the keys of s that the queries of r see."""
+    """[r][s]: the shortest range [begin, end) of the keys of s that holds all that queries of r see; (0, 0) for none.
+
+    A query sees the keys of its document with j <= i if causal, and within the window.
+    """
     sorted_queries = [_numbers(q) for q in queries]
     return tuple(tuple(_seen_span(numbers, k, causal, window) for k in keys) for numbers in sorted_queries)
 

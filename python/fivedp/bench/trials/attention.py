@@ -249,7 +249,11 @@ def priced(case: Case, ranks: int) -> tuple[int, int]:
 
 def _foreign_keys(sight: Sight, blocks: list[Indices]) -> int:
     """Keys that a block's queries see and the block does not hold, summed over the blocks."""
-    return sum(int(sight.seen_by(block).sum() - sight.seen_by(block)[block].sum()) for block in blocks)
+    total = 0
+    for block in blocks:
+        seen = sight.seen_by(block)
+        total += int(seen.sum() - seen[block].sum())
+    return total
 
 
 def _foreign_queries(sight: Sight, blocks: list[Indices]) -> int:
