@@ -31,7 +31,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mpi", "tests under mpirun")
     group.addoption("--mpi-ranks", type=rank_list, default=None, metavar="2,3", help="only these numbers of ranks")
     group.addoption("--mpi-timeout", type=float, default=None, metavar="S", help="seconds for one launch")
-    group.addoption("--mpi-at-once", type=int, choices=(1, 2), default=1, help="launches at once (1)")
 
 
 @pytest.hookimpl(tryfirst=True)

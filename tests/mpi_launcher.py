@@ -14,11 +14,6 @@ A launch ends in one of four ways, and never hangs: its own exit status; the dea
 although its tests are not; ranks that finished their tests and do not end. In the last three every rank first writes
 the stacks of its threads (SIGUSR1, faulthandler), then everything that belongs to the launch is killed.
 
-Launches wait much: with `--mpi-at-once 2` two are under way. This process runs its items from the first to the last,
-and a second one takes launches from the last to the first until they meet (`SecondStream`). Items are reported in their
-order all the same. It is not the default: under Open MPI that second process has been lost once, and its launches with
-it.
-
 `run_mpi` is the same launch for a test's own program: a crash, a hang, a benchmark.
 """
 
@@ -26,19 +21,14 @@ from __future__ import annotations
 
 import ast
 import atexit
-import ctypes
 import functools
-import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGUSR1
@@ -387,20 +377,14 @@ class RankItem(pytest.Item):
         return self.path, 0, f"{self.path.name} on {self.n_ranks} rank{'s' * (self.n_ranks != 1)}"
 
 
-_TAKING = threading.Lock()
-
-
 class Launch:
     """Files on one number of ranks, run in one launch."""
 
     def __init__(self, items: list[RankItem]) -> None:
         self.items, self.config, self.n_ranks = items, items[0].config, items[0].n_ranks
-        self.begun: Future[Finished] | None = None
-        """What comes of it, once the second stream or this process has taken it."""
         self._finished: Finished | None = None
 
-    def task(self) -> tuple[Callable[..., Finished], dict[str, object]]:
-        """A function and its arguments, which can be sent to another process."""
+    def _run(self) -> Finished:
         options = self.config.option
         command = [sys.executable, "-m", "pytest", *(str(item.path) for item in self.items)]
         command += [f"--rootdir={self.config.rootpath}", "-q", "-p", "no:cacheprovider", f"--tb={options.tbstyle}"]
@@ -410,27 +394,12 @@ class Launch:
         command += ["-m", options.markexpr] if options.markexpr else []
         limits = {item.file: item.timeout for item in self.items}
         seed = str(self.config.stash[SEED_KEY])
-        return start, {
-            "command": command, "n_ranks": self.n_ranks, "timeout": max(limits.values()), "limits": limits,
-            "env": {SEED: seed},
-        }  # fmt: skip
-
-    def take(self, begun: Future[Finished]) -> bool:
-        """Say that the caller runs it; False where somebody does already."""
-        with _TAKING:
-            free = self.begun is None
-            self.begun = begun if free else self.begun
-        return free
+        return start(command, self.n_ranks, timeout=max(limits.values()), limits=limits, env={SEED: seed})
 
     def finished(self) -> Finished:
-        """The end of the launch, which begins now unless the second stream has it."""
+        """The end of the launch, which begins now where it has not."""
         if self._finished is None:
-            if self.take(Future()):
-                run, arguments = self.task()
-                self._finished = run(**arguments)
-            else:
-                assert self.begun is not None
-                self._finished = self.begun.result()
+            self._finished = self._run()
             total = self.config.stash[COUNTS_KEY]
             total["launches"] = total.get("launches", 0) + 1
             for name, number in self._finished.counts.items():
@@ -465,55 +434,6 @@ class Launch:
         return found & files or {self.items[0].file}
 
 
-class SecondStream:
-    """A process that runs launches while this one runs other tests; it takes the last ones first.
-
-    It is a process of its own because tests patch what a launch depends on: the environment, the working directory,
-    functions of `os` and `subprocess`.
-    """
-
-    def __init__(self, launches: Sequence[Launch]) -> None:
-        self._pool = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), _settle_stream, (bytecode_folder(), os.getpid())
-        )
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(list(reversed(launches)),), daemon=True)
-        self._thread.start()
-
-    def _run(self, launches: list[Launch]) -> None:
-        # One by one: the pool would fetch a second launch before the first has ended, and nobody else could run it.
-        for launch in launches:
-            begun: Future[Finished] = Future()
-            if self._ended.is_set() or not launch.take(begun):
-                continue
-            run, arguments = launch.task()
-            try:
-                begun.set_result(self._pool.submit(run, **arguments).result())
-            except BaseException as error:  # whatever it is, whoever waits must hear of it
-                begun.set_exception(error)
-
-    def end(self) -> None:
-        """End the launch under way, begin no other."""
-        self._ended.set()
-        while self._thread.is_alive():
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-            self._thread.join(5.0)  # to end a launch takes a second or two
-        self._pool.shutdown()
-
-
-def _settle_stream(bytecode: str, parent: int) -> None:
-    """Make the second stream end its launch when it is told to end, or when the first one is gone."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    set_signal_of_parents_death = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit(1)
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) is not None:
-        os.environ["PYTHONPYCACHEPREFIX"] = bytecode
-
-
 SEED_KEY = pytest.StashKey[int]()
 COUNTS_KEY = pytest.StashKey[dict[str, int]]()
 LAUNCHES_KEY = pytest.StashKey[dict[RankItem, Launch]]()
@@ -522,23 +442,14 @@ LAUNCHES_KEY = pytest.StashKey[dict[RankItem, Launch]]()
 class LauncherSide:
     """The plugin of the ordinary pytest: turns files under `tests/mpi` into launches."""
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, bool, bool]:
-        config, together = session.config, dict[int, list[RankItem]]()
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        together = dict[int, list[RankItem]]()
         for item in session.items:
             if isinstance(item, RankItem):
                 together.setdefault(item.n_ranks, []).append(item)
-        launches = [Launch(together[n_ranks]) for n_ranks in sorted(together)]
-        config.stash[LAUNCHES_KEY] = {item: launch for launch in launches for item in launch.items}
-        alone = (
-            config.getoption("mpi_at_once") == 1 or len(session.items) < 2 or not launches or config.option.collectonly
-        )
-        stream = None if alone else SecondStream(launches)
-        try:
-            return (yield)
-        finally:
-            if stream is not None:
-                stream.end()
+        launches = [Launch(items) for items in together.values()]
+        session.config.stash[LAUNCHES_KEY] = {item: launch for launch in launches for item in launch.items}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:

@@ -298,41 +298,22 @@ def test_files_of_one_number_of_ranks_share_a_launch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at_once", "fault", "told"),
+    ("fault", "told"),
     [
-        ("1", "assert comm.rank == 0, 'seeded fault'", "AssertionError: seeded fault"),
-        ("2", "assert comm.rank == 0, 'seeded fault'", "AssertionError: seeded fault"),
-        ("2", "import os; comm.rank == 0 and os._exit(0); comm.Barrier()", "left with os._exit(0)"),
-        ("1", "comm.rank == 0 and comm.Recv(bytearray(1), source=1)", "deadline of 10 s passed"),
-        ("1", "pass\nimport no_such_module", "No module named 'no_such_module'"),
+        ("assert comm.rank == 0, 'seeded fault'", "AssertionError: seeded fault"),
+        ("import os; comm.rank == 0 and os._exit(0); comm.Barrier()", "left with os._exit(0)"),
+        ("comm.rank == 0 and comm.Recv(bytearray(1), source=1)", "deadline of 10 s passed"),
+        ("pass\nimport no_such_module", "No module named 'no_such_module'"),
     ],
 )
-def test_of_files_that_share_a_launch_only_the_faulty_one_fails(
-    tmp_path: Path, at_once: str, fault: str, told: str
-) -> None:
+def test_of_files_that_share_a_launch_only_the_faulty_one_fails(tmp_path: Path, fault: str, told: str) -> None:
     source = f"RANKS = (2,)\nTIMEOUT = 10\ndef test_bad(comm):\n    {fault}\n"
-    run = Run(tmp_path, source, "-rA", "--mpi-at-once", at_once, other=GOOD)
+    run = Run(tmp_path, source, "-rA", other=GOOD)
     assert run.status == 1
     assert "1 failed, 2 passed" in run.output
     assert told in run.output
     assert re.search(r"^FAILED tests/mpi/test_seeded.py::np2", run.output, re.MULTILINE)
     assert re.search(r"^PASSED tests/mpi/test_another.py::np2", run.output, re.MULTILINE)
-    assert run.left_behind(tmp_path) == []
-
-
-def test_a_run_that_stops_early_ends_the_launch_of_the_second_stream(tmp_path: Path) -> None:
-    source = (
-        "import time\n"
-        "RANKS = (1, 2)\n"
-        "TIMEOUT = 200\n"
-        "def test_it(comm):\n"
-        "    assert comm.size > 1, 'seeded fault'\n"
-        "    time.sleep(150)\n"
-    )
-    run = Run(tmp_path, source, "-x", "--mpi-at-once", "2")
-    assert run.status == 1
-    assert "AssertionError: seeded fault" in run.output
-    assert run.seconds < 90
     assert run.left_behind(tmp_path) == []
 
 
@@ -365,3 +346,19 @@ def test_run_mpi_passes_variables(tmp_path: Path) -> None:
     finally:
         del os.environ["FIVEDP_B"]
     assert done.stdout.split() == ["set", "None", str(tmp_path)]
+
+
+def test_a_run_that_stops_early_begins_no_other_launch(tmp_path: Path) -> None:
+    source = (
+        "import time\n"
+        "RANKS = (1, 2)\n"
+        "TIMEOUT = 200\n"
+        "def test_it(comm):\n"
+        "    assert comm.size > 1, 'seeded fault'\n"
+        "    time.sleep(150)\n"
+    )
+    run = Run(tmp_path, source, "-x")
+    assert run.status == 1
+    assert "AssertionError: seeded fault" in run.output
+    assert run.seconds < 90
+    assert run.left_behind(tmp_path) == []
