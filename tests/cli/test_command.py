@@ -92,7 +92,7 @@ def test_dry_run_prints_a_line_that_a_shell_can_run() -> None:
     again = subprocess.run(
         done.stdout, shell=True, capture_output=True, text=True, timeout=60, check=False, env=clean_environment()
     )
-    assert again.stdout.split("\n").count("said by a rank") == 2
+    assert again.stdout.count("said by a rank") == 2  # a launcher may join the lines of two ranks
 
 
 def test_time_limit_ends_every_rank(tmp_path: Path) -> None:
