@@ -152,6 +152,7 @@ def explain_attention(
     Returns
     -------
     text : str
+        A line for each way; it ends with "queries travel" where these, not keys, travel in the backward of a ring.
 
     Raises
     ------

@@ -175,6 +175,7 @@ def ring_attention_backward(
     Notes
     -----
     Collective over all ranks of `comm`.
+    Keys travel or queries, whichever is fewer bytes: `explain_attention` says which.
     """
     keywords = {
         "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
