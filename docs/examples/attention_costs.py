@@ -17,9 +17,9 @@ comm = MPI.COMM_WORLD
 p = comm.size
 B, n, H, H_kv, D, Dv, window = 1, 1024, 8, 4, 64, 32, 256  # n tokens on every rank
 rng = np.random.default_rng(0)  # decode wants the same queries on every rank
-q, k, v, do = (
+q, k, v, do, k_of_each, v_of_each = (
     rng.standard_normal((B, n, heads, size), dtype=np.float32)
-    for heads, size in ((H, D), (H_kv, D), (H_kv, Dv), (H, Dv))
+    for heads, size in ((H, D), (H_kv, D), (H_kv, Dv), (H, Dv), (H, D), (H, Dv))
 )
 causal: dict[str, Any] = {"causal": True, "layout": "zigzag"}
 striped: dict[str, Any] = {"causal": True, "layout": "striped"}
@@ -38,14 +38,19 @@ def measure(call: Callable[[fivedp.Mesh], Any], tp: int) -> tuple[Any, int, int]
 
 
 def row(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any] | None, tp: int = 1, **keywords: Any
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None,
+    tp: int = 1,
+    keys: tuple[Any, Any] = (k, v),
+    **keywords: Any,
 ) -> None:
     """Measure one way, forward and backward, and print it."""
-    given = (q, k, v) if backward else (q[:, -2:], k, v)  # two queries against the whole cache
+    given = (q if backward else q[:, -2:], *keys)  # decode: two queries against the whole cache
     (o, lse), sent, peak = measure(lambda mesh: forward(*given, mesh, **keywords), tp)
     numbers = [sent, peak]
     if backward:
-        _, sent, peak = measure(lambda mesh: backward(do, q, k, v, o, lse, mesh, **keywords), tp)
+        _, sent, peak = measure(lambda mesh: backward(do, *given, o, lse, mesh, **keywords), tp)
         numbers += [sent, peak]
     if comm.rank == 0:
         print(f"{name:<30}", *(f"{number:>14,}" for number in numbers))
@@ -60,6 +65,7 @@ row("ring, causal zigzag", *ring, **causal)
 row("ring, causal striped", *ring, **striped)
 row("ring, causal contiguous", *ring, **neighbours)
 row("ring, window, contiguous", *ring, **neighbours, window=window)
+row("ring, keys for every head", *ring, keys=(k_of_each, v_of_each), **causal)
 row("ring, canonical order", *ring, **causal, order="canonical")
 row("Ulysses", fivedp.ulysses_attention, fivedp.ulysses_attention_backward, **causal)
 if p % 2 == 0:

@@ -87,22 +87,26 @@ def test_flops_are_two_products_of_every_visible_pair() -> None:
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda m: m.text)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("backward", [False, True])
-def test_least_bytes_of_a_ring_are_those_of_the_keys_that_are_seen(layout: str, mask: Mask, backward: bool) -> None:
+def test_least_bytes_of_a_ring_are_those_of_the_tokens_that_matter(
+    layout: str, mask: Mask, backward: bool, kv_heads: int
+) -> None:
     ranks, visible = 4, seen(kernel_mask(a_case(mask=mask)))
-    case = a_case(Strategy("ring", layout), mask, backward=backward)
+    case = a_case(Strategy("ring", layout), mask, backward=backward, kv_heads=kv_heads)
     places = [held(layout, case.keys, ranks, rank) for rank in range(ranks)]
-    keys = sum(
-        int(visible[np.ix_(mine, theirs)].any(axis=0).sum())
-        for r, mine in enumerate(places)
-        for s, theirs in enumerate(places)
-        if r != s
-    )
+    pairs = [
+        visible[np.ix_(mine, theirs)] for r, mine in enumerate(places) for s, theirs in enumerate(places) if r != s
+    ]
+    keys, queries = (sum(int(pair.any(axis=axis).sum()) for pair in pairs) for axis in (0, 1))
+    of_a_key = 2 * kv_heads * case.size * (8 if backward else 4)  # k, v and their gradients
+    of_a_query = case.heads * (3 * case.size + 2) * 4  # q, do, dq, lse, delta
     planned, least = priced(case, ranks)
-    assert least == keys * 2 * case.kv_heads * case.size * (8 if backward else 4)
+    assert least == (min(keys * of_a_key, queries * of_a_query) if backward else keys * of_a_key)
     assert least <= planned
     if mask == FULL:
-        assert least == planned == (ranks - 1) * case.keys * 2 * case.kv_heads * case.size * (8 if backward else 4)
+        of_a_token = of_a_query if backward and kv_heads == 4 else of_a_key
+        assert least == planned == (ranks - 1) * case.keys * of_a_token
 
 
 @pytest.mark.parametrize("strategy", [*ALL, DECODE], ids=lambda s: s.known_as)
@@ -126,17 +130,25 @@ def test_what_is_planned_is_never_below_the_least(strategy: Strategy, backward: 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_ranks_share_all_pairs_and_zigzag_shares_them_evenly(ranks: int) -> None:
-    for strategy in (*ALL, DECODE):
-        if strategy.way == "hybrid" and ranks < 4:
+    for strategy, backward in itertools.product((*ALL, DECODE), (False, True)):
+        if (strategy.way == "hybrid" and ranks < 4) or (strategy.way == "decode" and backward):
             continue
         queries = 1 if strategy.way == "decode" else 64
-        case = a_case(strategy, CAUSAL, queries=queries, keys=64)
-        if strategy.way == "hybrid" and ranks == 3:
-            continue
+        case = a_case(strategy, CAUSAL, queries=queries, keys=64, kv_heads=4, backward=backward)
         loads = pairs_by_rank(case, ranks)
         assert sum(loads) == case.heads * Sight.of(case).pairs
         if strategy == RING[0] and 64 % (2 * ranks) == 0:
             assert len(set(loads)) == 1
+
+
+def test_a_rank_computes_the_pairs_of_what_stays_with_it() -> None:
+    ring = Strategy("ring", "contiguous")
+    by_queries = pairs_by_rank(a_case(ring), 4)
+    assert by_queries == sorted(by_queries) != by_queries[::-1]
+    assert pairs_by_rank(a_case(ring, backward=True), 4) == by_queries  # two heads share keys: these travel
+    whole = {"queries": 72, "keys": 72, "kv_heads": 4}
+    by_queries = pairs_by_rank(a_case(ring, **whole), 4)
+    assert pairs_by_rank(a_case(ring, backward=True, **whole), 4) == by_queries[::-1]
 
 
 def judged(case: Case, spoil: Any = None) -> attention_check.Check:

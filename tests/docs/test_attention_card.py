@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,17 @@ MASKS: tuple[tuple[str, Symbols], ...] = (
 )
 
 
+@pytest.mark.parametrize("kv_heads", [12, 24])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("p", range(1, 9))
-def test_bytes_of_a_ring(p: int, itemsize: int) -> None:
-    case = numbers(p, e=itemsize)
+def test_bytes_of_a_ring(p: int, itemsize: int, kv_heads: int) -> None:
+    case = numbers(p, e=itemsize, H_kv=kv_heads)
     for row, mask in MASKS:
         symbols = blocks(row, case | {"w": mask.get("window", 1)})
         wanted = [value(cell, symbols) for cell in cells("bytes: ring")]
         assert sent(symbols, 1, **mask) == pytest.approx(wanted), (row, mask)
     row = "causal documents of T tokens, each on one rank"
-    documents = blocks(row, numbers(p, B=1, e=itemsize))
+    documents = blocks(row, numbers(p, B=1, e=itemsize, H_kv=kv_heads))
     offsets = [12 * i for i in range(2 * p + 1)]  # two on a rank
     wanted = [value(cell, documents) for cell in cells("bytes: ring")]
     assert list(sent(documents, 1, layout="contiguous", causal=True, cu_seqlens=offsets)) == wanted == [0, 0]
@@ -84,18 +86,32 @@ def test_bytes_of_a_ring(p: int, itemsize: int) -> None:
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_bytes_of_ulysses_and_hybrid(itemsize: int) -> None:
-    for p in (1, 2, 3, 4, 6, 12):
-        case = numbers(p, e=itemsize)
+    for p, kv_heads in itertools.product((1, 2, 3, 4, 6, 12), (12, 24)):
+        case = numbers(p, e=itemsize, H_kv=kv_heads)
         assert sent(case, p) == pytest.approx([value(x, case) for x in cells("Ulysses, p divides H_kv")])
         for u in (d for d in range(1, p + 1) if p % d == 0):
             for row, mask in (item for item in MASKS if "striped" not in item[0]):
                 symbols = blocks(row, case | {"w": mask.get("window", 1)}, u)
                 wanted = [value(cell, symbols) for cell in cells("hybrid, u divides H_kv")]
-                assert sent(symbols, u, **mask) == pytest.approx(wanted), (p, u, row, mask)
+                assert sent(symbols, u, **mask) == pytest.approx(wanted), (p, kv_heads, u, row, mask)
     for p, kv_heads in ((2, 1), (4, 2), (8, 2), (6, 3), (8, 1)):
         symbols = numbers(p, e=itemsize, H_kv=kv_heads)
         formulas = cells("Ulysses, p > H_kv a multiple of it, H of p")
         assert sent(symbols, p) == pytest.approx([value(x, symbols) for x in formulas]), (p, kv_heads)
+
+
+def test_where_queries_travel_backward() -> None:
+    (rule,) = re.findall(r"queries travel backward where `(.*?)`", CARD)
+    found = set()
+    for heads, itemsize, v_size in itertools.product((12, 24, 36), (2, 4, 8), (1, 2, 3, 16, 90)):
+        symbols = numbers(4, H=heads, e=itemsize, Dv=v_size)
+        shapes = {name: (2, 96, heads if name == "q" else 12, v_size if name == "v" else 16) for name in "qkv"}
+        (ring,) = [price for price in attention_prices(shapes, 4, itemsize=itemsize) if price.heads == 1]
+        assert (ring.travellers == ("queries",)) == bool(value(rule, symbols)), symbols
+        if heads == 12:
+            assert (ring.travellers == ("queries",)) == (v_size > 2)
+        found.add((heads, ring.travellers))
+    assert {(24, ("keys",)), (24, ("queries",))} <= found  # large values of 16 bits outweigh two heads to a key head
 
 
 def test_where_the_ring_sends_less_than_ulysses() -> None:
@@ -138,25 +154,37 @@ def test_counted_bytes_and_memory(n_ranks: int, between: str) -> None:
     printed = done.stdout.splitlines()
     case: Symbols = {name: int(text) for name, text in re.findall(r"(\w+)=(\d+)", printed[0])}
     case["S"] = case["n"] * n_ranks
+
+    def heads_of(name: str) -> Symbols:
+        return {"H_kv": case["H"]} if name == "ring, keys for every head" else {}
+
     counted = {line[:30].strip(): [int(x.replace(",", "")) for x in line[30:].split()] for line in printed[2:]}
     for name, row, mask, u in (
         ("ring, causal zigzag", "bytes: ring", "causal, zigzag", 1),
         ("ring, causal striped", "bytes: ring", "causal, striped", 1),
         ("ring, causal contiguous", "bytes: ring", "causal, contiguous", 1),
         ("ring, window, contiguous", "bytes: ring", "causal window w, contiguous", 1),
+        ("ring, keys for every head", "bytes: ring", "causal, zigzag", 1),
         ("ring, canonical order", "ring, canonical order", "none, any", 1),
         ("Ulysses", "Ulysses, p divides H_kv", "none, any", 1),
         ("hybrid, heads 2", "hybrid, u divides H_kv", "causal, zigzag", 2),
         ("decode", "decode, n_q queries", "none, any", 1),
     ):
         if name in counted or not name.startswith("hybrid"):
-            symbols = blocks(mask, case, u)
+            symbols = blocks(mask, case | heads_of(name), u)
             assert counted[name][::2] == [int(value(cell, symbols)) for cell in cells(row)], name
+
     constant = 160 << 10  # headers, masks, Python's own
-    for name, kept in (("ring, causal contiguous", 0.0), ("ring, causal zigzag", value("b/2", case))):
+    for name, kept in (
+        ("ring, causal contiguous", "0"),
+        ("ring, causal zigzag", "there/2"),
+        ("ring, keys for every head", "there/2"),
+    ):
         row = "memory: ring, on one node" if between == "one node" else "memory: ring, between nodes"
+        symbols = case | heads_of(name)
         for cell, peak in zip(cells(row), counted[name][1::2], strict=True):
-            least, most = value(cell, case), value(cell, case) + (kept if between == "nodes" else 0)
+            least = value(cell, symbols)
+            most = least + (value(kept, symbols) if between == "nodes" else 0)
             assert least <= peak <= 1.01 * most + constant, (name, cell)
     if between == "one node":
         for cell, peak in zip(cells("memory: Ulysses, on one node, about"), counted["Ulysses"][1::2], strict=True):

@@ -42,6 +42,23 @@ def test_ulysses_sends_every_head_once() -> None:
     assert price("Ulysses").forward == 4 * (2 * q + 2 * k + 2 * 64 * 8) * 3 // 4  # q, o, k, v and lse
 
 
+def test_the_text_says_in_which_rings_queries_travel_backward() -> None:
+    own = {**SHAPES, "k": SHAPES["q"], "v": SHAPES["q"]}  # every head has its own keys
+    tokens = 2 * 64 * 8
+    ring = next(p for p in attention_prices(own, 4) if p.name == "ring")
+    assert ring.travellers == ("queries",)
+    assert ring.backward == 3 * tokens * (3 * 16 + 2) * 4  # q, do, dq, lse, delta
+    lines = fivedp.explain_attention(own, 4).splitlines()
+    assert [line.endswith("   queries travel") for line in lines[3:6]] == [
+        not line.startswith("  Ulysses") for line in lines[3:6]
+    ]
+    assert "travel" not in fivedp.explain_attention(SHAPES, 4)
+    # Three heads over two ranks: one has two of them that share a key head, the other one.
+    uneven = {name: (1, 64, heads, 16) for name, heads in (("q", 3), ("k", 1), ("v", 1))}
+    assert "hybrid, heads 2 x ring 2" in fivedp.explain_attention(uneven, 4)
+    assert "queries travel in 1 of 2 rings" in fivedp.explain_attention(uneven, 4)
+
+
 def test_hybrids_are_every_factorisation_and_the_least_comes_first() -> None:
     prices = attention_prices(SHAPES, 12)
     assert sorted((p.heads, p.ring) for p in prices) == [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fivedp.layout.sequence import LAYOUTS, Tokens, join, place, reading_order, seen_spans, token_indices
+from fivedp.layout.sequence import (
+    LAYOUTS,
+    Span,
+    Tokens,
+    join,
+    place,
+    reading_order,
+    seeing_spans,
+    seen_spans,
+    token_indices,
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -47,9 +57,9 @@ def test_reading_order_sorts_by_document_and_position() -> None:
     queries=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), max_size=6),
     keys=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), max_size=6),
     causal=st.booleans(),
-    window=st.integers(0, 20),
+    window=st.integers(0, 20) | st.just(2**40),
 )
-def test_the_seen_span_is_what_looking_at_every_pair_finds(
+def test_the_spans_are_what_looking_at_every_pair_finds(
     queries: list[tuple[int, int]], keys: list[tuple[int, int]], causal: bool, window: int
 ) -> None:
     def sees(query: tuple[int, int], key: tuple[int, int]) -> bool:
@@ -61,9 +71,14 @@ def test_the_seen_span_is_what_looking_at_every_pair_finds(
         documents, positions = ([pair[i] for pair in pairs] for i in (0, 1))
         return Tokens(np.array(positions, np.int32), np.array(documents, np.int32))
 
+    def span(numbers: list[int]) -> Span:
+        return (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
+
     seen = [number for number, key in enumerate(keys) if any(sees(query, key) for query in queries)]
-    wanted = (seen[0], seen[-1] + 1) if seen else (0, 0)
-    assert seen_spans((tokens(queries),), (tokens(keys),), causal, window) == ((wanted,),)
+    seeing = [number for number, query in enumerate(queries) if any(sees(query, key) for key in keys)]
+    given_tokens = ((tokens(queries),), (tokens(keys),), causal, window)
+    assert seen_spans(*given_tokens) == ((span(seen),),)
+    assert seeing_spans(*given_tokens) == ((span(seeing),),)
 
 
 def test_under_a_causal_mask_later_ranks_of_a_zigzag_see_the_first_half_of_a_share() -> None:
@@ -75,10 +90,20 @@ def test_under_a_causal_mask_later_ranks_of_a_zigzag_see_the_first_half_of_a_sha
     )
 
 
+def test_under_a_causal_mask_the_queries_of_later_ranks_of_a_zigzag_all_see_an_earlier_one() -> None:
+    ranks = tuple(place(token_indices("zigzag", 24, 3, part), None) for part in range(3))
+    assert seeing_spans(ranks, ranks, True, 0) == (
+        ((0, 8), (0, 8), (0, 8)),
+        ((4, 8), (0, 8), (0, 8)),
+        ((4, 8), (4, 8), (0, 8)),
+    )
+
+
 def test_positions_near_the_largest_are_seen() -> None:
     high = np.array([2**31 - 2])
     ends = (place(np.array([0]), None), place(high, None))
     none, one = (0, 0), (0, 1)
-    assert seen_spans(ends, ends, True, 1) == ((one, none), (none, one))
+    assert seen_spans(ends, ends, True, 1) == seeing_spans(ends, ends, True, 1) == ((one, none), (none, one))
     assert seen_spans(ends, ends, True, 0) == ((one, none), (one, one))
-    assert seen_spans(ends, ends, False, 0) == ((one, one), (one, one))
+    assert seeing_spans(ends, ends, True, 0) == ((one, one), (none, one))
+    assert seen_spans(ends, ends, False, 0) == seeing_spans(ends, ends, False, 0) == ((one, one), (one, one))

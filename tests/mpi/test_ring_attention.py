@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,32 +13,43 @@ from mpi4py import MPI
 import fivedp
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
-from mpi_attention import BFLOAT16, DTYPES, LAYOUTS, RESULTS, Case, collected, judge
+from fivedp.reference import attention_reference
+from mpi_attention import BFLOAT16, DTYPES, LAYOUTS, RESULTS, Case, collected, dirty_memory, judge
 
 RANKS = (1, 2, 3, 5, 8)
 TIMEOUT = 300
 
 
-def plain(rng: np.random.Generator, length: int, dtype: Any = np.float32, size: int = 16, **keywords: Any) -> Case:
+# Of four query heads; in the backward of the same tokens, fewer bytes travel with keys, or with queries.
+KV_HEADS = {"keys": 2, "queries": 4}
+either_travels = pytest.mark.parametrize("travels", list(KV_HEADS))
+
+
+def plain(
+    rng: np.random.Generator, length: int, dtype: Any = np.float32, size: int = 16, kv_heads: int = 2, **keywords: Any
+) -> Case:
     q, do = (rng.standard_normal((1, length, 4, size)).astype(dtype) for _ in range(2))
-    k, v = (rng.standard_normal((1, length, 2, size)).astype(dtype) for _ in range(2))
+    k, v = (rng.standard_normal((1, length, kv_heads, size)).astype(dtype) for _ in range(2))
     return Case(q, k, v, do, np.zeros((1, 4, length), np.float64 if dtype == np.float64 else np.float32), keywords)
 
 
-def test_two_calls_have_the_same_bits(comm: MPI.Intracomm, seed: int) -> None:
-    case = plain(np.random.default_rng(seed), 333, causal=True)
+@either_travels
+def test_two_calls_have_the_same_bits(comm: MPI.Intracomm, seed: int, travels: str) -> None:
+    case = plain(np.random.default_rng(seed), 333, kv_heads=KV_HEADS[travels], causal=True)
     for x, y in zip(case.run(comm), case.run(comm), strict=True):
         assert x.tobytes() == y.tobytes()
 
 
+@either_travels
 @pytest.mark.parametrize("shared", ["shared window", "messages"])
 def test_long_blocks_through_window_and_messages(
-    comm: MPI.Intracomm, seed: int, shared: str, monkeypatch: pytest.MonkeyPatch
+    comm: MPI.Intracomm, seed: int, shared: str, travels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shared == "messages":
         monkeypatch.setenv("FIVEDP_SHARED", "0")
     apart = comm.Dup()  # a grid of its own, which reads the setting
-    case = plain(np.random.default_rng(seed), 100 * comm.size, size=64, causal=True, layout="zigzag")
+    rng, kv_heads = np.random.default_rng(seed), KV_HEADS[travels]
+    case = plain(rng, 100 * comm.size, size=64, kv_heads=kv_heads, causal=True, layout="zigzag")
     assert case.k.nbytes // comm.size >= shared_window.MIN_BYTES
     judge(case, case.run(apart), apart)
 
@@ -68,6 +80,87 @@ def test_keys_that_nobody_sees_are_not_sent(comm: MPI.Intracomm, seed: int) -> N
     assert sent(documents) == 0
 
 
+def backward_cases(rng: np.random.Generator, ranks: int, kv_heads: int) -> Iterator[tuple[str, Case]]:
+    """Every mask and placement whose ranges differ, with a gradient of lse."""
+    n = 12 * ranks
+    offsets = np.array([0, n // 3, n // 3, n - 5, n])
+    cases = {
+        "full, striped": plain(rng, n + 1, kv_heads=kv_heads, layout="striped"),
+        "causal, zigzag": plain(rng, n + 3, kv_heads=kv_heads, causal=True),
+        "causal, contiguous": plain(rng, n, np.float64, kv_heads=kv_heads, causal=True, layout="contiguous"),
+        "window": plain(rng, n, kv_heads=kv_heads, causal=True, window=7, layout="contiguous"),
+        "window, both ways": plain(rng, n, BFLOAT16, kv_heads=kv_heads, window=5),
+        "documents": plain(rng, n, kv_heads=kv_heads, causal=True, cu_seqlens=offsets),
+        "ranks without tokens": plain(rng, ranks // 2 + 1, kv_heads=kv_heads, layout="contiguous"),
+        "positions": plain(rng, n, kv_heads=kv_heads, causal=True),
+        "values of another size": plain(rng, n, kv_heads=kv_heads),
+    }
+    placed = cases["positions"]
+    placed.positions = placed.kv_positions = rng.permutation(2 * n)[:n].astype(np.int32)
+    owner = rng.integers(1 if ranks > 2 else 0, ranks, n)  # rank 0 of three has none
+    placed.queries = [np.flatnonzero(owner == rank) for rank in range(ranks)]
+    other = cases["values of another size"]
+    other.v, other.do = (np.ascontiguousarray(x[..., :9]) for x in (other.v, other.do))
+    for name, case in cases.items():
+        case.dlse = rng.standard_normal(case.dlse.shape).astype(case.dlse.dtype)
+        yield name, case
+
+
+def ranges(case: Case, ranks: int) -> tuple[int, int]:
+    """The keys that other ranks see, and the queries that see keys of other ranks, in ranges of their shares."""
+    seen, (queries, keys) = attention_reference.seen(case.mask()), case.tokens(ranks)
+    counts = [0, 0]
+    for r, mine in enumerate(queries):
+        for s, theirs in enumerate(keys):
+            for axis in (0, 1):
+                numbers = np.flatnonzero(seen[np.ix_(mine, theirs)].any(axis=axis))
+                if r != s and len(numbers):
+                    counts[axis] += int(numbers[-1] - numbers[0]) + 1
+    return counts[0], counts[1]
+
+
+@either_travels
+def test_gradients_and_bytes_of_a_backward(comm: MPI.Intracomm, seed: int, travels: str) -> None:
+    traffic = grid_of(comm).traffic
+    ways = set()
+    for name, case in backward_cases(np.random.default_rng(seed), comm.size, KV_HEADS[travels]):
+        print(name)
+        (q, k, v, do), dlse, keywords = case.arguments(comm)
+        with dirty_memory():
+            o, lse = fivedp.ring_attention(q, k, v, comm, **keywords)
+            start = traffic.bytes_sent
+            gradients = fivedp.ring_attention_backward(do, q, k, v, o, lse, comm, dlse=dlse, **keywords)
+            sent = comm.allreduce(traffic.bytes_sent - start)
+        judge(case, [o, lse, *gradients], comm)
+        # positions are told first
+        told = 4 * (comm.size - 1) * case.q.shape[1] if case.positions is not None else 0
+        b, s, heads, size, v_size = q.itemsize, lse.itemsize, q.shape[-2], q.shape[-1], v.shape[-1]
+        n_keys, n_queries = ranges(case, comm.size)
+        with_keys = n_keys * k.shape[-2] * (size + v_size) * (b + s)
+        with_queries = n_queries * heads * ((size + v_size) * b + 2 * s + size * s)
+        assert sent - told in (with_keys, with_queries), name
+        if name in ("full, striped", "causal, contiguous", "window", "documents", "values of another size"):
+            assert sent - told == min(with_keys, with_queries), name
+        if with_keys != with_queries:
+            ways.add("keys" if sent - told == with_keys else "queries")
+    assert comm.size == 1 or travels in ways
+
+
+@pytest.mark.mpi(min_size=2)
+def test_few_queries_travel_to_many_keys(comm: MPI.Intracomm, seed: int) -> None:
+    """Though four query heads share a key head: the bytes of all tokens count, not those of one."""
+    rng, p = np.random.default_rng(seed), comm.size
+    case = plain(rng, 40 * p, kv_heads=1)
+    case.q, case.do, case.dlse = case.q[:, : 4 * p], case.do[:, : 4 * p], case.dlse[..., : 4 * p]
+    (q, k, v, do), _, keywords = case.arguments(comm)
+    o, lse = fivedp.ring_attention(q, k, v, comm, **keywords)
+    traffic = grid_of(comm).traffic
+    traffic.reset()
+    gradients = fivedp.ring_attention_backward(do, q, k, v, o, lse, comm, **keywords)
+    assert comm.allreduce(traffic.bytes_sent) == p * (p - 1) * (3 * q.nbytes + 2 * lse.nbytes)  # q, do, dq; lse, delta
+    judge(case, [o, lse, *gradients], comm)
+
+
 def test_zigzag_gives_every_rank_equally_much_to_do(comm: MPI.Intracomm) -> None:
     length = 2 * comm.size * 24
     mine = fivedp.sequence_shard(np.arange(length), comm, axis=0, layout="zigzag")
@@ -75,10 +168,12 @@ def test_zigzag_gives_every_rank_equally_much_to_do(comm: MPI.Intracomm) -> None
     assert comm.allgather(visible) == [length * (length + 1) // 2 // comm.size] * comm.size
 
 
-@pytest.mark.parametrize("order", ["ring", "canonical"])
+@pytest.mark.parametrize(("order", "travels"), [("ring", "keys"), ("ring", "queries"), ("canonical", "keys")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_does_not_grow_with_the_ranks(comm: MPI.Intracomm, seed: int, dtype: Any, order: str) -> None:
-    case = plain(np.random.default_rng(seed), 700, dtype, causal=True, order=order)
+def test_error_does_not_grow_with_the_ranks(
+    comm: MPI.Intracomm, seed: int, dtype: Any, order: str, travels: str
+) -> None:
+    case = plain(np.random.default_rng(seed), 700, dtype, kv_heads=KV_HEADS[travels], causal=True, order=order)
     parts = collected(case.run(comm), comm)
     if parts is None:
         return

@@ -9,19 +9,24 @@ from typing import Any
 import numpy as np
 
 from fivedp.errors import LayoutError, ShapeError
-from fivedp.layout.sequence import LAYOUTS, HeadCut, Tokens, join, place, reading_order, seen_spans, token_indices
+from fivedp.layout.ring_travel import Sizes, Travellers, Visibility, backward_travel, forward_travel
+from fivedp.layout.sequence import LAYOUTS, HeadCut, Tokens, join, place, reading_order, token_indices
 
 Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Price:
-    """Bytes that all ranks send: `heads` neighbouring ranks exchange heads, keys travel round rings of `ring`."""
+    """Bytes that all ranks send: `heads` neighbouring ranks exchange heads, blocks travel round rings of `ring`.
+
+    There is one ring for each of the `heads`; `travellers` says of each whether keys or queries travel in the backward.
+    """
 
     heads: int
     ring: int
     forward: int
     backward: int
+    travellers: tuple[Travellers, ...]
 
     @property
     def name(self) -> str:
@@ -78,19 +83,22 @@ def attention_prices(
                 back += q * (v_size * itemsize + sums)
                 there_b += (q * (size + v_size) + k * (size + v_size)) * itemsize + 2 * q * sums
                 back_b += q * size * itemsize + k * (size + v_size) * (sums if replicated else itemsize)
-        # Round the ring: of a block's keys of a rank's heads, to every other block the range that it sees.
+        # Round the rings: to every other block what it needs of a block's tokens, of the heads of one ring.
         q_blocks = tuple(_in_order([queries[r] for r in block]) for block in blocks)
         k_blocks = tuple(_in_order([keys[r] for r in block]) for block in blocks)
-        spans = seen_spans(q_blocks, k_blocks, causal, window or 0)
-        moved = sum(end - begin for r, row in enumerate(spans) for s, (begin, end) in enumerate(row) if r != s)
-        kept = sum(_held(cut, heads // kv_heads, replicated) for cut in cuts)
-        elements = batch * moved * kept * (size + v_size)
+        visibility = Visibility(q_blocks, k_blocks, causal, window or 0)
+        rings = [
+            Sizes(batch, cut.end - cut.begin, _held(cut, heads // kv_heads, replicated), size, v_size, itemsize)
+            for cut in cuts
+        ]
+        round_b = [backward_travel(visibility, ring) for ring in rings]
         prices.append(
             Price(
                 width,
                 ranks // width,
-                there + back + elements * itemsize,
-                there_b + back_b + elements * (itemsize + sums),
+                there + back + sum(forward_travel(visibility, ring).n_bytes for ring in rings),
+                there_b + back_b + sum(travel.n_bytes for travel in round_b),
+                tuple(travel.what for travel in round_b),
             )
         )
     return sorted(prices, key=lambda price: price.forward)
@@ -104,9 +112,18 @@ def _in_order(parts: list[Tokens]) -> Tokens:
 
 
 def _held(cut: HeadCut, group: int, replicated: bool) -> int:
-    """The key heads that travel for a rank: repeated where its query heads read several, not evenly perhaps."""
+    """The key heads that a rank has: repeated where its query heads read several, not evenly perhaps."""
     readers = cut.readers(group)
     return len(readers) if replicated and len(set(readers)) > 1 else len(set(readers))
+
+
+def _travellers(price: Price) -> str:
+    """What travels in the backward, where it is not keys as in the forward."""
+    with_queries = price.travellers.count("queries")
+    if not with_queries:
+        return ""
+    rings = "" if with_queries == price.heads else f" in {with_queries} of {price.heads} rings"
+    return f"   queries travel{rings}"
 
 
 def explain_attention(
@@ -135,6 +152,7 @@ def explain_attention(
     Returns
     -------
     text : str
+        A line for each way; it ends with "queries travel" where these, not keys, travel in the backward of a ring.
 
     Raises
     ------
@@ -167,7 +185,7 @@ def explain_attention(
     ]
     for price in prices:
         forward, backward = (f"{x / count / 1e6:.3f}" for x in (price.forward, price.backward))
-        lines.append(f"  {price.name:<30}{forward:>14}{backward:>14}")
+        lines.append(f"  {price.name:<30}{forward:>14}{backward:>14}{_travellers(price)}")
     together = min(prices, key=lambda price: price.forward + price.backward)
     lines.append(f"  least forward: {prices[0].name}; least forward and backward: {together.name}")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from fivedp.layout.shares import border, share
 LAYOUTS = ("zigzag", "striped", "contiguous")
 Indices = npt.NDArray[np.int64]
 Span = tuple[int, int]
+Spans = tuple[tuple[Span, ...], ...]
 
 
 def token_indices(layout: str, length: int, parts: int, part: int) -> Indices:
@@ -35,9 +36,12 @@ def token_indices(layout: str, length: int, parts: int, part: int) -> Indices:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
-    """Where the tokens of one rank are: position (int32) in their documents, and document (int32; all 0 if one)."""
+    """Where the tokens of one rank are: position (int32) in their documents, and document (int32; all 0 if one).
+
+    Two are equal only where they are one object, so what follows from them can be looked up by them.
+    """
 
     position: npt.NDArray[np.int32]
     document: npt.NDArray[np.int32]
@@ -80,6 +84,7 @@ def _numbers(tokens: Tokens) -> Indices:
 def _seen_span(queries: Indices, keys: Tokens, causal: bool, window: int) -> Span:
     if not len(queries) or not len(keys):
         return (0, 0)
+    window = min(window, int(_SPREAD) // 2)  # a wider one must not reach into the next document
     # The positions of the queries that see a key, both ends included.
     j = keys.position.astype(np.int64)
     low = j if causal else (np.maximum(j - window + 1, 0) if window else np.zeros_like(j))
@@ -90,15 +95,26 @@ def _seen_span(queries: Indices, keys: Tokens, causal: bool, window: int) -> Spa
     return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
 
 
-def seen_spans(
-    queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
-) -> tuple[tuple[Span, ...], ...]:
+def seen_spans(queries: Sequence[Tokens], keys: Sequence[Tokens], causal: bool, window: int) -> Spans:
     """[r][s]: the shortest range [begin, end) of the keys of s that holds all that queries of r see; (0, 0) for none.
 
     A query sees the keys of its document with j <= i if causal, and within the window.
     """
     sorted_queries = [_numbers(q) for q in queries]
     return tuple(tuple(_seen_span(numbers, k, causal, window) for k in keys) for numbers in sorted_queries)
+
+
+def seeing_spans(queries: Sequence[Tokens], keys: Sequence[Tokens], causal: bool, window: int) -> Spans:
+    """[s][r]: the shortest range [begin, end) of the queries of r that holds all that see keys of s; (0, 0) for none.
+
+    Query i sees key j exactly where a query at -j sees a key at -i, so this is `seen_spans` in the mirror.
+    """
+    return seen_spans([_mirrored(k) for k in keys], [_mirrored(q) for q in queries], causal, window)
+
+
+def _mirrored(tokens: Tokens) -> Tokens:
+    """The tokens with the last position first; positions, which end before 2^31 - 1, stay positive."""
+    return Tokens(np.iinfo(np.int32).max - tokens.position, tokens.document)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels.attention import Mask, sum_type
 from fivedp.kernels.attention import delta as delta_of
-from fivedp.layout.sequence import LAYOUTS, Span, Tokens, place, seen_spans, token_indices
+from fivedp.layout.ring_travel import Sizes, Visibility
+from fivedp.layout.sequence import LAYOUTS, Tokens, place, token_indices
 from fivedp.ops.arguments import Arguments, pack, unpack, verdict
 
 Array = Any
@@ -151,11 +152,7 @@ def read_options(operation: str, **given: Any) -> Options:
 
 @dataclass
 class Part:
-    """An attention between the tokens of a group of ranks: what the steps of a ring need to know.
-
-    `queries`, `keys` say where the tokens of every member are; `spans[r][s]` which range of the keys of member s the
-    queries of member r see, (0, 0) for none.
-    """
+    """An attention between the tokens of a group of ranks: what the steps of a ring need to know."""
 
     grid: RankGrid
     group: Group
@@ -165,16 +162,24 @@ class Part:
     q: Array
     k: Array
     v: Array
-    queries: tuple[Tokens, ...]
-    keys: tuple[Tokens, ...]
-    spans: tuple[tuple[Span, ...], ...]
+    visibility: Visibility
     slopes: tuple[float, ...] | None
 
-    def seen_keys(self, source: int) -> Tokens:
-        """The range of a member's keys that this member's queries see; of its own, all."""
-        if source == self.group.index:
-            return self.keys[source]
-        return self.keys[source].part(self.spans[self.group.index][source])
+    @property
+    def queries(self) -> Tokens:
+        """This member's."""
+        return self.visibility.queries[self.group.index]
+
+    @property
+    def keys(self) -> Tokens:
+        """This member's."""
+        return self.visibility.keys[self.group.index]
+
+    @property
+    def sizes(self) -> Sizes:
+        """The same on every member."""
+        batch, _, heads, size = self.q.shape
+        return Sizes(batch, heads, self.k.shape[2], size, self.v.shape[3], self.q.dtype.itemsize)
 
     def mask(self, queries: Tokens, keys: Tokens) -> Mask:
         """The kernel's mask between some queries and some keys."""
@@ -284,7 +289,7 @@ class AttentionCall:
         else:
             keys = _tokens(operation, "k", options.layout, self.k_lengths, None)[mine]
         self.keys = (keys,) * size
-        self.spans: tuple[tuple[Span, ...], ...] = ()
+        self.visibility = Visibility(self.queries, self.keys, options.causal, options.window or 0)
 
     def _place(self, keywords: dict[str, Any]) -> None:
         """Find out where the tokens of every rank are."""
@@ -307,8 +312,8 @@ class AttentionCall:
         else:
             self.keys = _tokens(operation, "k", options.layout, self.k_lengths, k_offsets)
         fixed = not (options.placed or options.kv_placed)
-        see = _seen_spans_cached if fixed else seen_spans
-        self.spans = see(self.queries, self.keys, options.causal, options.window or 0)
+        see = _visibility if fixed else Visibility
+        self.visibility = see(self.queries, self.keys, options.causal, options.window or 0)
 
     def _exchange(self, mine: Array, lengths: tuple[int, ...]) -> tuple[Tokens, ...]:
         """Everybody's positions."""
@@ -340,26 +345,13 @@ class AttentionCall:
     def part(self) -> Part:
         """The attention between all ranks of the call."""
         return Part(
-            self.grid, self.group, self.what, self.options, self.packed, self.q, self.k, self.v, self.queries,
-            self.keys, self.spans, self.options.alibi_slopes,
+            self.grid, self.group, self.what, self.options, self.packed, self.q, self.k, self.v, self.visibility,
+            self.options.alibi_slopes,
         )  # fmt: skip
 
 
-_kept: dict[tuple[int, int, bool, int], Any] = {}
-
-
-def _seen_spans_cached(
-    queries: tuple[Tokens, ...], keys: tuple[Tokens, ...], causal: bool, window: int
-) -> tuple[tuple[Span, ...], ...]:
-    """`seen_spans` for tokens that `_tokens` keeps: found again by their identity."""
-    key = (id(queries), id(keys), causal, window)
-    found = _kept.get(key)
-    if found is None or found[0] is not queries or found[1] is not keys:
-        if len(_kept) >= 256:
-            _kept.clear()
-        found = _kept[key] = (queries, keys, seen_spans(queries, keys, causal, window))
-    result: tuple[tuple[Span, ...], ...] = found[2]
-    return result
+# For tokens that `_tokens` keeps.
+_visibility = lru_cache(maxsize=256)(Visibility)
 
 
 @lru_cache(maxsize=256)

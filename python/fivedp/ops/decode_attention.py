@@ -84,9 +84,9 @@ def decode_attention(
     }  # fmt: skip
     call = AttentionCall("decode_attention", grid_of(comm).everyone(), q, k, v, keywords, queries_everywhere=True)
     share_cores(call.grid)
-    part, mine = call.part, call.group.index
+    part = call.part
     state = kernel.empty_state(call.q, call.v.shape[-1])
-    kernel.forward(call.q, call.k, call.v, part.mask(call.queries[mine], call.keys[mine]), state)
+    kernel.forward(call.q, call.k, call.v, part.mask(part.queries, part.keys), state)
     with mailbox(call.group, call.what, np) as mail:
         states = _exchange(part, mail, state)
     state = kernel.join(states)

@@ -25,7 +25,8 @@ from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, mailbox
 from fivedp.errors import LayoutError
 from fivedp.kernels import attention as kernel
-from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order, seen_spans
+from fivedp.layout.ring_travel import Visibility
+from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order
 from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, with_defaults
 from fivedp.ops.matmul import share_cores
 from fivedp.ops.ring_attention import backward, forward
@@ -259,8 +260,8 @@ class _Exchange:
         keys = tuple(_Sorted(tokens).whole for _, tokens in blocks)
         slopes = options.alibi_slopes
         return Part(
-            call.grid, places.ring, call.what, options, call.packed, q, k, v, queries, keys,
-            seen_spans(queries, keys, options.causal, options.window or 0),
+            call.grid, places.ring, call.what, options, call.packed, q, k, v,
+            Visibility(queries, keys, options.causal, options.window or 0),
             None if slopes is None else slopes[self.mine.begin : self.mine.end],
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Attention over a sequence that is cut over the ranks: queries stay, keys and values travel.
 
-In step t a rank computes with the keys of rank r - t, while those of rank r - t - 1 arrive:
+In step t rank r computes with the keys of rank r - t, while those of rank r - t - 1 arrive:
 
     step t:   post keys of t + 1 | add keys of t to the state | next
 
@@ -8,8 +8,11 @@ The kernel's state (largest logit, sum of weights, weighted values) is carried t
 blocks are not merged and nothing is rounded between them; the division comes at the end (Liu, Zaharia and Abbeel, "Ring
 attention with blockwise transformers", 2023, with the state of Milakov and Gimelshein, 2018). A block goes straight
 from its owner to every rank whose queries see any of it, cut to the range that they see; on one node it is read where
-it lies. In the backward the gradients of that range go straight home, in the type of sums, and are added there in the
-order of steps.
+it lies.
+
+In the backward the same pairs of ranks meet in the same steps. Either keys travel again, or queries do with what
+belongs to them, in the other direction and to the ranks whose keys they see; `layout.ring_travel` says which, by bytes.
+The gradients of what travels go straight home, in the type of sums, and are added there in the order of steps.
 
 With `order="canonical"` every rank gathers all keys and adds them in the order of the sequence; the backward gathers
 the queries as well, so that each gradient is one sum in that order. An element then has the same bits on any number of
@@ -18,7 +21,8 @@ ranks, for more memory and, in the backward, about twice the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,15 +30,15 @@ from mpi4py import MPI
 
 from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
-from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace, mailbox
+from fivedp.comm.messages import TAGS, Mailbox, Workspace, mailbox
 from fivedp.kernels import attention as kernel
-from fivedp.layout.sequence import Span, Tokens, join, reading_order
+from fivedp.layout.ring_travel import backward_travel, forward_travel
+from fivedp.layout.sequence import Tokens
 from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays
 from fivedp.ops.matmul import share_cores
+from fivedp.ops.ring_blocks import Blocks, gather
 
 Array = Any
-# The gradients of k and v on their way home.
-_HOME = (TAGS["C"], TAGS["replica"])
 
 
 def ring_attention(
@@ -171,6 +175,7 @@ def ring_attention_backward(
     Notes
     -----
     Collective over all ranks of `comm`.
+    Keys travel or queries, whichever is fewer bytes: `explain_attention` says which.
     """
     keywords = {
         "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
@@ -187,86 +192,22 @@ def ring_attention_backward(
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
 
 
-class _Travel:
-    """Arrays of every rank's block on their way to the ranks that need them: (tag, array of this rank) each.
-
-    `spans[r][s]` is the range of the tokens of member s that member r needs, (0, 0) for none.
-    """
-
-    def __init__(
-        self,
-        part: Part,
-        mail: Mailbox,
-        arrays: dict[str, Array],
-        axes: dict[str, int],
-        spans: Sequence[Sequence[Span]],
-    ) -> None:
-        self.part, self.mail, self.arrays, self.axes, self.spans = part, mail, arrays, axes, spans
-        self._under_way: dict[int, list[Receipt]] = {}
-
-    def send(self) -> None:
-        """Send every other rank what it needs of this rank's block, the next one first."""
-        group = self.part.group
-        peers = [(group.index + step) % group.size for step in range(1, group.size)]
-        needed = {peer: span for peer in peers if (span := self.spans[peer][group.index]) != (0, 0)}
-        if len(set(needed.values())) > 1:  # ranges of one copy
-            self.arrays = {tag: self.mail.place(array) for tag, array in self.arrays.items()}
-        for peer, span in needed.items():
-            for tag, array in self.arrays.items():
-                self.mail.send(self._range(tag, array, span), peer, TAGS[tag], 0)
-
-    def _range(self, tag: str, array: Array, span: Span) -> Array:
-        return array[(slice(None),) * self.axes[tag] + (slice(*span),)]
-
-    def expect(self, source: int) -> None:
-        """Post the receives of what this rank needs of a rank's block."""
-        receipts = []
-        begin, end = self.spans[self.part.group.index][source]
-        for tag, array in self.arrays.items():
-            shape = list(array.shape)
-            shape[self.axes[tag]] = end - begin
-            receipts.append(self.mail.receive(tuple(shape), array.dtype, source, TAGS[tag]))
-        self._under_way[source] = receipts
-
-    def block(self, source: int) -> list[Array]:
-        """What this rank needs of the arrays of a rank's block (of its own, all); it has arrived when this returns."""
-        if source == self.part.group.index:
-            return list(self.arrays.values())
-        self.mail.wait(self._under_way[source])
-        return [receipt.array for receipt in self._under_way[source]]
-
-    def release(self, source: int) -> None:
-        """This rank has read the block for the last time."""
-        for receipt in self._under_way.pop(source, []):
-            self.mail.release(receipt)
-
-
-def _keys_on_their_way(part: Part, mail: Mailbox) -> tuple[_Travel, list[int]]:
-    """Send what others see of this rank's keys; the ranks whose keys it sees, itself first, then backwards round."""
-    travel = _Travel(part, mail, {"A": part.k, "B": part.v}, {"A": 1, "B": 1}, part.spans)
-    travel.send()
-    mine, size = part.group.index, part.group.size
-    steps = [s for step in range(size) if part.spans[mine][s := (mine - step) % size] != (0, 0)]
-    if steps and steps[0] != mine:
-        travel.expect(steps[0])
-    return travel, steps
-
-
 def forward(part: Part, mail: Mailbox, out: Array) -> Array:
     """Write `out` (this rank's queries); the log-sum-exp of its rows."""
-    mine = part.group.index
     state = kernel.empty_state(part.q, part.v.shape[-1])
+    arrays = {"A": (part.k, 1), "B": (part.v, 1)}
     if part.options.order == "canonical":
-        keys, (k, v) = _gather(part, mail, {"A": (part.k, 1), "B": (part.v, 1)}, part.keys)
-        kernel.forward(part.q, k, v, part.mask(part.queries[mine], keys), state)
+        keys, (k, v) = gather(part.group, mail, arrays, part.visibility.keys)
+        kernel.forward(part.q, k, v, part.mask(part.queries, keys), state)
         return kernel.finish(state, out)
-    travel, steps = _keys_on_their_way(part, mail)
-    for step, source in enumerate(steps):
-        if step + 1 < len(steps):
-            travel.expect(steps[step + 1])
-        k, v = travel.block(source)
-        kernel.forward(part.q, k, v, part.mask(part.queries[mine], part.seen_keys(source)), state)
-        travel.release(source)
+    travel = forward_travel(part.visibility, part.sizes)
+    blocks = Blocks(part.group, mail, arrays, part.visibility.keys, travel.spans, travel.stride)
+    blocks.start()
+    for source in blocks.coming:
+        blocks.expect_next(source)
+        k, v = blocks.arrived(source)
+        kernel.forward(part.q, k, v, part.mask(part.queries, blocks.tokens(source)), state)
+        blocks.release(source)
     return kernel.finish(state, out)
 
 
@@ -276,36 +217,72 @@ def backward(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> 
     return run(part, mail, do, lse, delta)
 
 
+@dataclass
+class _Way:
+    """One of the two ways through a backward: what travels, whose gradients come home, and the work on a block.
+
+    `gradients` are this rank's of what travels, each by the tag under which it comes home and of the shape of the array
+    that stands in its place in `arrays`. `add(tokens, block, gradients)` adds what a block and what stays contribute to
+    the gradients of both.
+    """
+
+    tokens: tuple[Tokens, ...]
+    arrays: dict[str, tuple[Array, int]]
+    gradients: dict[int, Array]
+    add: Callable[[Tokens, list[Array], list[Array]], None]
+
+
+def _keys_travel(part: Part, do: Array, lse: Array, delta: Array, dq: Array, dk: Array, dv: Array) -> _Way:
+    def add(keys: Tokens, block: list[Array], gradients: list[Array]) -> None:
+        (k, v), (d_k, d_v) = block, gradients
+        kernel.backward(do, part.q, k, v, part.mask(part.queries, keys), lse, delta, dq, d_k, d_v)
+
+    arrays = {"A": (part.k, 1), "B": (part.v, 1)}
+    return _Way(part.visibility.keys, arrays, {TAGS["C"]: dk, TAGS["replica"]: dv}, add)
+
+
+def _queries_travel(part: Part, do: Array, lse: Array, delta: Array, dq: Array, dk: Array, dv: Array) -> _Way:
+    def add(queries: Tokens, block: list[Array], gradients: list[Array]) -> None:
+        (q, d_out, rows), (d_q,) = block, gradients
+        log_sum, rest = np.ascontiguousarray(rows)  # a range of them that is read in place is not
+        mask = part.mask(queries, part.keys)
+        kernel.backward(d_out, q, part.k, part.v, mask, log_sum, rest, d_q, dk, dv)
+
+    arrays = {"A": (part.q, 1), "B": (do, 1), "C": (np.stack([lse, delta]), 3)}
+    return _Way(part.visibility.queries, arrays, {TAGS["replica"]: dq}, add)
+
+
 def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
     mine, size, sums = part.group.index, part.group.size, lse.dtype
     dq, dk, dv = (np.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
-    travel, coming = _keys_on_their_way(part, mail)
+    travel = backward_travel(part.visibility, part.sizes)
+    way = (_keys_travel if travel.what == "keys" else _queries_travel)(part, do, lse, delta, dq, dk, dv)
+    own, home = list(way.gradients.values()), tuple(way.gradients)
+    blocks = Blocks(part.group, mail, way.arrays, way.tokens, travel.spans, travel.stride)
+    blocks.start()
     spaces: list[Workspace] = []
     for step in range(size):
-        # At distance `step`, this rank helps `source`, and `helper` helps this rank. What is awaited at a distance is
-        # sent before anything is awaited at that distance, so no circle of waits can close.
-        source, helper = (mine - step) % size, (mine + step) % size
-        begin, end = part.spans[helper][mine] if step else (0, 0)
-        helped = [d[:, begin:end] for d in (dk, dv) if begin < end]
-        gifts = [mail.receive(d.shape, sums, helper, tag) for d, tag in zip(helped, _HOME, strict=False)]
-        if source in coming:
-            place = coming.index(source)
-            if place + 1 < len(coming):
-                travel.expect(coming[place + 1])
-            k, v = travel.block(source)
-            mask = part.mask(part.queries[mine], part.seen_keys(source))
+        # In a step this rank helps `source`, whose block it uses, and `helper` helps this rank. What is awaited in a
+        # step is sent before anything is awaited in that step, so no circle of waits can close.
+        source, helper = blocks.source(step), blocks.user(step)
+        begin, end = travel.spans[helper][mine] if step else (0, 0)
+        helped = [d[:, begin:end] for d in own if begin < end]
+        gifts = [mail.receive(d.shape, sums, helper, tag) for d, tag in zip(helped, home, strict=False)]
+        if source in blocks.coming:
+            blocks.expect_next(source)
+            block, tokens = blocks.arrived(source), blocks.tokens(source)
             if source == mine:
-                kernel.backward(do, part.q, k, v, mask, lse, delta, dq, dk, dv)
+                way.add(tokens, block, own)
             else:
-                mail.flush(step - 1, _HOME)
+                mail.flush(step - 1, home)
                 for space in spaces:
                     mail.give_workspace(space)
-                spaces = [mail.workspace(x.shape, sums) for x in (k, v)]
+                spaces = [mail.workspace(x.shape, sums) for x, _ in zip(block, home, strict=False)]
                 for space in spaces:
                     space.array[...] = 0
-                kernel.backward(do, part.q, k, v, mask, lse, delta, dq, spaces[0].array, spaces[1].array)
-                travel.release(source)
-                for space, tag in zip(spaces, _HOME, strict=True):
+                way.add(tokens, block, [space.array for space in spaces])
+                blocks.release(source)
+                for space, tag in zip(spaces, home, strict=True):
                     mail.send(space.array, source, tag, step)
         if gifts:
             mail.wait(gifts)
@@ -319,38 +296,13 @@ def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Arra
 
 
 def _backward_canonical(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
-    mine, sums = part.group.index, lse.dtype
+    sums, tokens = lse.dtype, part.visibility
     dq, dk, dv = (np.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
-    keys, (k, v) = _gather(part, mail, {"A": (part.k, 1), "B": (part.v, 1)}, part.keys)
+    keys, (k, v) = gather(part.group, mail, {"A": (part.k, 1), "B": (part.v, 1)}, tokens.keys)
     no_dk, no_dv = (np.zeros(x.shape, sums) for x in (k, v))
-    kernel.backward(do, part.q, k, v, part.mask(part.queries[mine], keys), lse, delta, dq, no_dk, no_dv)
-    queries, (q, do, lse, delta) = _gather(
-        part, mail, {"A": (part.q, 1), "B": (do, 1), "C": (lse, 2), "replica": (delta, 2)}, part.queries
-    )
+    kernel.backward(do, part.q, k, v, part.mask(part.queries, keys), lse, delta, dq, no_dk, no_dv)
+    arrays = {"A": (part.q, 1), "B": (do, 1), "C": (lse, 2), "replica": (delta, 2)}
+    queries, (q, do, lse, delta) = gather(part.group, mail, arrays, tokens.queries)
     no_dq = np.zeros(q.shape, sums)
-    kernel.backward(do, q, part.k, part.v, part.mask(queries, part.keys[mine]), lse, delta, no_dq, dk, dv)
+    kernel.backward(do, q, part.k, part.v, part.mask(queries, part.keys), lse, delta, no_dq, dk, dv)
     return dq, dk, dv
-
-
-def _gather(
-    part: Part, mail: Mailbox, arrays: dict[str, tuple[Array, int]], tokens: tuple[Tokens, ...]
-) -> tuple[Tokens, list[Array]]:
-    """The tokens of all ranks in the order of the sequence, and arrays with an element per token: (array, axis)."""
-    everyone = range(part.group.size)
-    everything = [[(0, len(t)) for t in tokens]] * part.group.size
-    travel = _Travel(part, mail, {tag: array for tag, (array, _) in arrays.items()},
-                     {tag: axis for tag, (_, axis) in arrays.items()}, everything)  # fmt: skip
-    travel.send()
-    for source in everyone:
-        if source != part.group.index:
-            travel.expect(source)
-    blocks = [travel.block(source) for source in everyone]
-    joined = join(tokens)
-    order = reading_order(joined)
-    whole = [
-        np.take(np.concatenate(parts, axis=axis), order, axis=axis)
-        for parts, (_, axis) in zip(zip(*blocks, strict=True), arrays.values(), strict=True)
-    ]
-    for source in everyone:
-        travel.release(source)
-    return Tokens(joined.position[order], joined.document[order]), whole

@@ -21,7 +21,8 @@ from fivedp.bench.family import Row
 from fivedp.bench.measure import Bench, digest
 from fivedp.bench.visibility import Indices, Sight, held, offsets
 from fivedp.kernels.attention import Mask, sum_type
-from fivedp.layout.explain_attention import attention_prices
+from fivedp.layout.explain_attention import Price, attention_prices
+from fivedp.layout.ring_travel import Sizes
 from fivedp.layout.sequence import HeadCut
 
 Array = NDArray[Any]
@@ -182,19 +183,34 @@ def _head_ranks(strategy: Strategy, ranks: int) -> int:
     return {"Ulysses": ranks, "hybrid": strategy.mesh_shape(ranks).get("tp", 1)}.get(strategy.way, 1)
 
 
+def _price(case: Case, ranks: int) -> Price:
+    """What the library says of a ring, of heads exchanged, or of both."""
+    prices = attention_prices(
+        {"q": (case.batch, case.queries, case.heads, case.size),
+         **dict.fromkeys("kv", (case.batch, case.keys, case.kv_heads, case.size))},
+        ranks, causal=case.mask.causal, window=case.mask.window or None, layout=case.strategy.layout,
+        cu_seqlens=offsets(case.mask, case.keys), itemsize=operands.dtype_of(case.dtype).itemsize,
+    )  # fmt: skip
+    width = _head_ranks(case.strategy, ranks)
+    return next(price for price in prices if price.heads == width)
+
+
 def pairs_by_rank(case: Case, ranks: int) -> list[int]:
-    """The visible pairs that each rank computes, over its heads."""
+    """The visible pairs that each rank computes, over its heads: of its queries, or of its keys where they stay."""
     sight, strategy = Sight.of(case), case.strategy
     places = [held(strategy.layout, case.keys, ranks, rank) for rank in range(ranks)]
     if strategy.way == "decode":
         return [case.batch * case.heads * int(sight.counts(place).sum()) for place in places]
     width, loads = _head_ranks(strategy, ranks), []
     every = sight.high - sight.low + 1
+    round_the_ring = case.backward and strategy.order == "ring"
+    travellers = _price(case, ranks).travellers if round_the_ring else ("keys",) * width
     for rank in range(ranks):
-        first = rank - rank % width
+        first, part = rank - rank % width, rank % width
         block = np.concatenate(places[first : first + width])
-        cut = HeadCut.of(case.heads, case.kv_heads, width, rank % width)
-        loads.append(case.batch * (cut.end - cut.begin) * int(every[block].sum()))
+        cut = HeadCut.of(case.heads, case.kv_heads, width, part)
+        pairs = every[block] if travellers[part] == "keys" else sight.counts(block)
+        loads.append(case.batch * (cut.end - cut.begin) * int(pairs.sum()))
     return loads
 
 
@@ -214,18 +230,12 @@ def priced(case: Case, ranks: int) -> tuple[int, int]:
         key, query = kv * itemsize, (qo * itemsize + 2 * case.heads * sums) * case.backward
         least = key * _foreign_keys(sight, places) + query * _foreign_queries(sight, places)
         return (ranks - 1) * case.batch * case.keys * (key + query), case.batch * least
-    width = _head_ranks(case.strategy, ranks)
-    prices = attention_prices(
-        {"q": (case.batch, case.queries, case.heads, case.size),
-         **dict.fromkeys("kv", (case.batch, case.keys, case.kv_heads, case.size))},
-        ranks, causal=case.mask.causal, window=case.mask.window or None, layout=case.strategy.layout,
-        cu_seqlens=offsets(case.mask, case.keys), itemsize=itemsize,
-    )  # fmt: skip
-    price = next(p for p in prices if p.heads == width)
+    width, price = _head_ranks(case.strategy, ranks), _price(case, ranks)
     planned = price.backward if case.backward else price.forward
 
     # The least: heads of tokens to the rank of their group that computes them, and what it made of them back;
-    # keys that any query of another block sees to that block, and their gradients home.
+    # keys that any query of another block sees to that block, and their gradients home; or queries that see any key
+    # of another block, with what belongs to them, and theirs.
     cuts = [HeadCut.of(case.heads, case.kv_heads, width, part) for part in range(width)]
     kept = [cut.kv_end - cut.kv_begin for cut in cuts]
     exchanged = 0
@@ -242,9 +252,16 @@ def priced(case: Case, ranks: int) -> tuple[int, int]:
             back = away * (case.size * itemsize + sums)
         exchanged += len(place) * (there + back)
     blocks = [np.concatenate(places[first : first + width]) for first in range(0, ranks, width)]
-    element = itemsize + sums * case.backward
-    ringed = _foreign_keys(sight, blocks) * sum(kept) * 2 * case.size * element
-    return planned, case.batch * (exchanged + ringed)
+    rings = [
+        Sizes(case.batch, cut.end - cut.begin, n, case.size, case.size, itemsize)
+        for cut, n in zip(cuts, kept, strict=True)
+    ]
+    keys, queries = _foreign_keys(sight, blocks), _foreign_queries(sight, blocks)
+    ringed = sum(
+        min(keys * ring.keys_backward, queries * ring.queries_backward) if case.backward else keys * ring.keys_forward
+        for ring in rings
+    )
+    return planned, case.batch * exchanged + ringed
 
 
 def _foreign_keys(sight: Sight, blocks: list[Indices]) -> int:
