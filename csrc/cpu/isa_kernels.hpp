@@ -42,6 +42,10 @@ namespace {
 // (attention)
 #include "cpu/vec_math.hpp"
 // (in this order)
+#include "cpu/attention_products.hpp"
+// (in this order)
+#include "cpu/attention_rows.hpp"
+// (in this order)
 #include "cpu/attention_tiles.hpp"
 // (in this order)
 #include "cpu/attention_forward.hpp"
@@ -62,20 +66,23 @@ constexpr GemmKernel gemm_kernel() {
             &stream_block<E>};
 }
 
-template <class T>
+template <class E>
 constexpr AttentionKernel attention_kernel() {
     return {forward_rows,
             backward_rows,
-            &attention_forward_bytes<T>,
-            &attention_forward<T>,
-            &attention_backward_bytes<T>,
-            &attention_backward<T>};
+            &attention_forward_bytes<E>,
+            &attention_forward<E>,
+            &attention_backward_bytes<E>,
+            &attention_backward<E>};
 }
 
+// Attention's kernel of float32 widens bfloat16 as it packs it.
 #ifdef FIVEDP_BF16_PAIRS
 using Bf16Engine = Bf16PairsEngine;
+using Bf16AttentionEngine = Bf16PairsEngine;
 #else
 using Bf16Engine = Bf16WidenedEngine;
+using Bf16AttentionEngine = F32Engine;
 #endif
 
 }  // namespace
@@ -89,8 +96,9 @@ constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA),
                                gemm_kernel<F64Engine>(),
                                gemm_kernel<Bf16Engine>(),
                                &tree_sum,
-                               attention_kernel<float>(),
-                               attention_kernel<double>()};
+                               attention_kernel<F32Engine>(),
+                               attention_kernel<F64Engine>(),
+                               attention_kernel<Bf16AttentionEngine>()};
 
 }  // namespace FIVEDP_ISA
 }  // namespace fivedp

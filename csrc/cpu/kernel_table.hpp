@@ -11,7 +11,7 @@ struct KernelTable {
     GemmKernel f32, f64, bf16;
     // Sums rows row_begin <= row < row_end of the flattened (batch, row) index; the partials' type chooses.
     void (*tree_sum)(const TreeSumProblem& problem, std::int64_t row_begin, std::int64_t row_end);
-    AttentionKernel attention_f32, attention_f64;  // by the type of sums
+    AttentionKernel attention_f32, attention_f64, attention_bf16;
 };
 
 }  // namespace fivedp
