@@ -1,8 +1,8 @@
 """Attention on bfloat16, in every set of instructions that multiplies pairs of it.
 
 A pair is two neighbours along the index that is summed: features, keys or queries. Whole numbers are multiplied and
-summed without any rounding, so a pair put together wrongly is a wrong number; of random ones the error is held to that
-of a computation which rounds the same factors.
+summed without any rounding, so a pair put together wrongly is a wrong number. Of random ones the error is held to that
+of a computation which rounds the same factors once: a second rounding would make it sqrt(2) times as large.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_the_error_is_that_of_rounding_the_factors(seed: int, sizes: tuple[int, 
     exact = oracle.attention_backward(case.d_out, case.q, case.k, case.v, case.mask)
     for name, truth in {"out": right.out, **dict(zip("qkv", exact, strict=True))}.items():
         error, usual = (np.linalg.norm(x[name].astype(np.float64) - truth) for x in (found, plain))
-        assert error <= 2 * usual, f"{name}: {error:.3g}, plain {usual:.3g}"
+        assert error <= 1.2 * usual, f"{name}: {error:.3g}, plain {usual:.3g}"
 
 
 @pytest.mark.parametrize("isa", [isa for isa in gemm.supported_isas() if "bf16" in isa])
