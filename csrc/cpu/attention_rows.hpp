@@ -24,15 +24,18 @@ FIVEDP_INLINE void widen_row(const char* from, std::int64_t size, T* to, std::in
     for (std::int64_t i = size; i < length; ++i) to[i] = 0;
 }
 
-// The low and the high halves of n pairs, each of them one token's; no high one is zeros.
+// n pairs of one token's bfloat16 (low) and the next one's (high), or zeros where there is no next one.
 FIVEDP_INLINE void interleave(const char* low, const char* high, std::int64_t n, std::uint32_t* __restrict__ to) {
-    using Half = std::uint16_t;
-    for (std::int64_t i = 0; i < n; ++i) to[i] = element<Half, Half>(low + 2 * i);
-    if (high == nullptr) return;
-    for (std::int64_t i = 0; i < n; ++i) to[i] |= (std::uint32_t)element<Half, Half>(high + 2 * i) << 16;
+    const auto half = [](const char* from, std::int64_t i) -> std::uint32_t {
+        return element<std::uint16_t, std::uint16_t>(from + 2 * i);
+    };
+    if (high == nullptr)
+        for (std::int64_t i = 0; i < n; ++i) to[i] = half(low, i);
+    else
+        for (std::int64_t i = 0; i < n; ++i) to[i] = half(low, i) | half(high, i) << 16;
 }
 
-// One token's row in units along its features, and zeros after them up to `length` units.
+// One token's row in units along its features, and zeros after them up to `length` units. Pairs are taken as they lie.
 template <class E>
 FIVEDP_INLINE void stage_row(ElementType type, const char* from, std::int64_t size, typename E::Unit* to,
                              std::int64_t length) {
