@@ -17,8 +17,8 @@
 // not depend on what else is in the call. Sizes along a summed index are in units here.
 //
 // Tiles have the same size for every instruction set, and a sum over more than a tile is the sum of its tiles' sums,
-// each started from zero: the bits are the same in all of them (of bfloat16 in all that multiply pairs, and in all that
-// don't), and the error grows with the number of tiles and not of terms.
+// each started from zero: the bits are the same in all of them (of bfloat16 in all that widen it), and the error grows
+// with the number of tiles and not of terms.
 
 static constexpr std::int64_t key_tile = 84;
 // Keys packed at a time.
