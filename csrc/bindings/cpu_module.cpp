@@ -5,6 +5,7 @@ namespace fivedp {
 void bind_attention(pybind11::module_& module);
 void bind_gemm(pybind11::module_& module);
 void bind_layout(pybind11::module_& module);
+void bind_routing(pybind11::module_& module);
 }  // namespace fivedp
 
 PYBIND11_MODULE(_cpu, module) {
@@ -12,4 +13,5 @@ PYBIND11_MODULE(_cpu, module) {
     fivedp::bind_attention(module);
     fivedp::bind_gemm(module);
     fivedp::bind_layout(module);
+    fivedp::bind_routing(module);
 }

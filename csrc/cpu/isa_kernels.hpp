@@ -20,6 +20,7 @@
 #include "cpu/attention_problem.hpp"
 #include "cpu/gemm_problem.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/routing_problem.hpp"
 
 // Room for k in a packed row or panel.
 #ifndef FIVEDP_PASS_K
@@ -47,6 +48,8 @@ namespace {
 #include "cpu/attention_forward.hpp"
 // (in this order)
 #include "cpu/attention_backward.hpp"
+// (routing)
+#include "cpu/routing.hpp"
 
 template <class E>
 constexpr GemmKernel gemm_kernel() {
@@ -72,6 +75,11 @@ constexpr AttentionKernel attention_kernel() {
             &attention_backward<T>};
 }
 
+template <class T>
+constexpr RoutingKernel routing_kernel() {
+    return {routing_lanes<T>, &routing_scratch_bytes<T>, &routing_forward<T>, &routing_backward<T>};
+}
+
 #ifdef FIVEDP_BF16_PAIRS
 using Bf16Engine = Bf16PairsEngine;
 #else
@@ -90,7 +98,9 @@ constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA),
                                gemm_kernel<Bf16Engine>(),
                                &tree_sum,
                                attention_kernel<float>(),
-                               attention_kernel<double>()};
+                               attention_kernel<double>(),
+                               routing_kernel<float>(),
+                               routing_kernel<double>()};
 
 }  // namespace FIVEDP_ISA
 }  // namespace fivedp

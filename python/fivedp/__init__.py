@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     )
     from fivedp.ops.matmul import sharded_matmul, sharded_matmul_backward
     from fivedp.ops.ring_attention import ring_attention, ring_attention_backward
+    from fivedp.ops.routing import Routing, route, route_backward, update_bias
     from fivedp.ops.sequence import sequence_gather, sequence_shard
     from fivedp.ops.sharding import gather, shard
+    from fivedp.ops.workloads import balanced, load_report, routing_workload
 
 __version__ = "0.1.0"
 
@@ -48,8 +50,10 @@ _HOMES = {
     ),
     "fivedp.ops.matmul": ("sharded_matmul", "sharded_matmul_backward"),
     "fivedp.ops.ring_attention": ("ring_attention", "ring_attention_backward"),
+    "fivedp.ops.routing": ("Routing", "route", "route_backward", "update_bias"),
     "fivedp.ops.sequence": ("sequence_gather", "sequence_shard"),
     "fivedp.ops.sharding": ("gather", "shard"),
+    "fivedp.ops.workloads": ("balanced", "load_report", "routing_workload"),
 }
 _PACKAGES = ("comm", "errors", "kernels", "layout", "ops")
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -61,16 +65,22 @@ __all__ = [
     "Mesh",
     "MeshError",
     "PeerError",
+    "Routing",
     "ShapeError",
     "__version__",
+    "balanced",
     "decode_attention",
     "explain",
     "explain_attention",
     "gather",
     "hybrid_attention",
     "hybrid_attention_backward",
+    "load_report",
     "ring_attention",
     "ring_attention_backward",
+    "route",
+    "route_backward",
+    "routing_workload",
     "sequence_gather",
     "sequence_shard",
     "shard",
@@ -78,6 +88,7 @@ __all__ = [
     "sharded_matmul_backward",
     "ulysses_attention",
     "ulysses_attention_backward",
+    "update_bias",
 ]
 
 

@@ -30,6 +30,30 @@ def attention_backward(
     d_k: Any,
     d_v: Any,
 ) -> None: ...
+def routing_forward(
+    logits: Any,
+    top_k: int,
+    rule: tuple[Any, ...],
+    chosen: Any,
+    given: bool,
+    weights: Any,
+    log_sum: Any,
+    scores: Any,
+    choices: Any,
+    probabilities: Any,
+) -> tuple[int, int, int, int]: ...
+def routing_backward(
+    d_weights: Any,
+    logits: Any,
+    rule: tuple[Any, ...],
+    chosen: Any,
+    kept: Any,
+    log_sum: Any,
+    balance: Any,
+    z_factor: float,
+    d_logits: Any,
+) -> None: ...
+def routing_drop(chosen: Any, capacity: int, before: Any, kept: Any) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
 def isa() -> str: ...

@@ -34,6 +34,8 @@ _NO_ARRAY = 255
 _FIXED = struct.Struct("<4sBBBBBBBBBBB1x4d18q")
 _TEXT_BYTES = HEADER_BYTES - _FIXED.size
 _NAMES = ("a", "b", "out")
+# The arrays of operations that are called with keywords, not with a spec.
+_NAMES_OF = {"route": ("logits", "bias"), "update_bias": ("bias", "counts"), "load_report": ("counts",)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Arguments:
 
 OPERATIONS = (
     "sharded_matmul", "gather", "sequence_gather", "ring_attention", "ring_attention_backward", "ulysses_attention",
-    "ulysses_attention_backward", "hybrid_attention", "hybrid_attention_backward", "decode_attention",
+    "ulysses_attention_backward", "hybrid_attention", "hybrid_attention_backward", "decode_attention", "route",
+    "update_bias", "load_report",
 )  # fmt: skip
 
 
@@ -189,8 +192,8 @@ def _raise_difference(ranks: list[Arguments]) -> NoReturn:
         raise type(error)(str(error) if everyone else f"{error} (rank {rank})")
     first = ranks[0]
     name = first.operation
-    attention = "attention" in name
-    arrays = ("q", "k", "v") if attention else _NAMES
+    with_keywords = "attention" in name or name in _NAMES_OF
+    arrays = ("q", "k", "v") if "attention" in name else _NAMES_OF.get(name, _NAMES)
 
     def differs(what: str, of: Callable[[Arguments], Any], kind: type[ValueError], right: str) -> None:
         values = [of(x) for x in ranks]
@@ -207,7 +210,7 @@ def _raise_difference(ranks: list[Arguments]) -> NoReturn:
             raise kind(f"{name}: {what} is {values[odd]} on rank {odd} and {usual} on rank {other}; {right}")
 
     differs("the operation", lambda x: x.operation, LayoutError, "all ranks must call the same")
-    text = "the keywords" if attention else "the spec"
+    text = "the keywords" if with_keywords else "the spec"
     differs(text, lambda x: f'"{x.text}"', LayoutError, f"all ranks must give the same {text.removeprefix('the ')}")
     differs("the kind of arrays", lambda x: x.kind, DTypeError, "all ranks must give NumPy arrays or all CuPy arrays")
     for i, array in enumerate(arrays):
