@@ -10,20 +10,20 @@ FIVEDP_INLINE Vec<T> smaller(Vec<T> x, Vec<T> y) {
     return x < y ? x : y;
 }
 
-// The lanes in which not x <= y, as bits.
+// The lanes in which x >= y, as bits.
 template <class T>
-FIVEDP_INLINE std::uint32_t lanes_above(Vec<T> x, Vec<T> y) {
+FIVEDP_INLINE std::uint32_t lanes_at_least(Vec<T> x, Vec<T> y) {
 #if FIVEDP_VECTOR_BYTES == 64 && defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLE_UQ);
-    if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, _CMP_NLE_UQ);
+    if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GE_OQ);
+    if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, _CMP_GE_OQ);
 #elif FIVEDP_VECTOR_BYTES == 32
     if constexpr (sizeof(T) == 4)
-        return (std::uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_NLE_UQ));
+        return (std::uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_GE_OQ));
     if constexpr (sizeof(T) == 8)
-        return (std::uint32_t)_mm256_movemask_pd(_mm256_cmp_pd((__m256d)x, (__m256d)y, _CMP_NLE_UQ));
+        return (std::uint32_t)_mm256_movemask_pd(_mm256_cmp_pd((__m256d)x, (__m256d)y, _CMP_GE_OQ));
 #else
     std::uint32_t bits = 0;
-    for (int lane = 0; lane < lanes<T>; ++lane) bits |= (std::uint32_t) !(x[lane] <= y[lane]) << lane;
+    for (int lane = 0; lane < lanes<T>; ++lane) bits |= (std::uint32_t)(x[lane] >= y[lane]) << lane;
     return bits;
 #endif
 }
@@ -81,12 +81,20 @@ FIVEDP_INLINE T row_sum(std::int64_t n, const Term& term) {
 }
 
 template <class T>
+FIVEDP_INLINE T highest_lane(Vec<T> x) {
+    T lane[lanes<T>];
+    store(lane, x);
+#pragma GCC unroll 4
+    for (int half = lanes<T> / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    return lane[0];
+}
+
+template <class T>
 FIVEDP_INLINE T row_max(const T* row, std::int64_t n) {
     Vec<T> highest = load<Vec<T>>(row);
     each_vector<T>(n, [&](std::int64_t i) { highest = larger<T>(load<Vec<T>>(row + i), highest); });
-    T result = highest[0];
-    for (int lane = 1; lane < lanes<T>; ++lane) result = highest[lane] > result ? highest[lane] : result;
-    return result;
+    return highest_lane<T>(highest);
 }
 
 // Writes exp(z - highest) of a row that is filled up with minus infinity, and returns the sum.
@@ -106,6 +114,14 @@ static constexpr std::int64_t whole_blocks(std::int64_t n, std::int64_t block) {
     return (n + block - 1) / block * block;
 }
 
+// Room for those that may be among the best of a row.
+template <class T>
+struct Candidates {
+    T* keys;
+    IndexOf<T>*names, *ranks;
+    std::int32_t* sorted;
+};
+
 // Memory of a thread: rows of experts, of slots and of groups, each in whole blocks with a block to read beyond.
 template <class T>
 struct RoutingScratch {
@@ -114,16 +130,14 @@ struct RoutingScratch {
     std::int64_t expert_row, slot_row, group_row;
     T *logits, *scores, *slopes, *keys, *balance;  // rows of experts
     T *slot_logits, *slot_scores, *group_scores;
-    T* best_keys;  // the list of the best: see BestList
-    Index* best_names;
-    bool* group_chosen;
+    Candidates<T> candidates;
+    std::int32_t* group_order;
     std::int64_t bytes;
 
     RoutingScratch(const RoutingProblem& problem, char* memory) {
         expert_row = whole_blocks(problem.experts, block) + block;
         slot_row = whole_blocks(problem.top_k, block) + block;
         group_row = whole_blocks(problem.groups, block) + block;
-        const std::int64_t list = (slot_row > group_row ? slot_row : group_row) + block;
         char* next = memory;
         const auto take = [&](std::int64_t elements) {
             T* const result = (T*)next;
@@ -138,54 +152,93 @@ struct RoutingScratch {
         slot_logits = take(slot_row);
         slot_scores = take(slot_row);
         group_scores = take(group_row);
-        best_keys = take(list) + block;
-        best_names = (Index*)take(list) + block;
-        group_chosen = (bool*)take(group_row);
+        group_order = (std::int32_t*)take(group_row);
+        // At most the experts, or the groups, of which there are no more.
+        candidates.keys = take(expert_row);
+        candidates.names = (Index*)take(expert_row);
+        candidates.ranks = (Index*)take(expert_row);
+        candidates.sorted = (std::int32_t*)take(expert_row);
         bytes = next - memory;
     }
 };
 
-// The `count` highest keys met so far, the highest first, equal ones in the order in which they came. The place before
-// the first holds infinity, so that nothing moves beyond it; places not yet filled hold NaN, which is above nothing.
+// A key that at least k of a row of n have reached: the k-th highest of the maxima of at least 2 k columns.
 template <class T>
-struct BestList {
+FIVEDP_INLINE T reached_by(const T* row, std::int64_t n, std::int64_t k, T* maxima) {
     using Index = IndexOf<T>;
-    T* keys;
-    Index* names;
-    std::int64_t count, length;
+    const std::int64_t columns = whole_blocks(2 * k, routing_lanes<T>);
+    if (2 * columns > n) return no_number<T>;
+    each_vector<T>(columns, [&](std::int64_t j) {
+        Vec<T> highest = load<Vec<T>>(row + j);
+        for (std::int64_t i = j + columns; i < n; i += columns) highest = larger<T>(load<Vec<T>>(row + i), highest);
+        store(maxima + j, highest);
+    });
+    Vec<T> found = broadcast<T>(no_number<T>);
+    each_vector<T>(columns, [&](std::int64_t j) {
+        const Vec<T> here = load<Vec<T>>(maxima + j);
+        Vec<Index> as_high{};  // minus the number of columns that are
+        for (std::int64_t i = 0; i < columns; ++i) as_high += (Vec<Index>)(broadcast<T>(maxima[i]) >= here);
+        found = larger<T>(as_high <= -(Index)k - Vec<Index>{} ? here : found, found);
+    });
+    return highest_lane<T>(found);
+}
 
-    BestList(T* keys_of_list, Index* names_of_list, std::int64_t n)
-        : keys(keys_of_list), names(names_of_list), count(n), length(whole_blocks(n, lanes<T>)) {
-        keys[-1] = T(__builtin_inf());
-        names[-1] = -1;
-        for (std::int64_t i = 0; i < length; ++i) keys[i] = T(__builtin_nan(""));
-    }
-
-    // Every place compares and takes its own key, the new one, or that of the place before it: no branch to guess.
-    void insert(T key, Index name) {
-        const Vec<T> new_key = broadcast<T>(key);
-        const Vec<Index> new_name = name - Vec<Index>{};
-        for (std::int64_t i = length - lanes<T>; i >= 0; i -= lanes<T>) {
-            const Vec<T> here = load<Vec<T>>(keys + i), before = load<Vec<T>>(keys + i - 1);
-            const Vec<Index> name_here = load<Vec<Index>>(names + i), name_before = load<Vec<Index>>(names + i - 1);
-            const auto stays = here >= new_key, stays_before = before >= new_key;
-            store(keys + i, stays ? here : stays_before ? new_key : before);
-            store(names + i, stays ? name_here : stays_before ? new_name : name_before);
+// Appends the elements of a row that have reached `least`, in their order, and returns how many these are.
+template <class T>
+FIVEDP_INLINE std::int64_t collect(const T* row, std::int64_t n, T least, const Candidates<T>& to) {
+    const Vec<T> limit = broadcast<T>(least);
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < n; i += lanes<T>) {
+        const Vec<T> keys = load<Vec<T>>(row + i);
+        std::uint32_t found = lanes_at_least<T>(keys, limit);
+#if FIVEDP_VECTOR_BYTES == 64 && defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {
+            const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            const __m512i names = _mm512_add_epi32(lane, _mm512_set1_epi32((int)i));
+            _mm512_storeu_ps(to.keys + count, _mm512_maskz_compress_ps((__mmask16)found, (__m512)keys));
+            _mm512_storeu_si512(to.names + count, _mm512_maskz_compress_epi32((__mmask16)found, names));
+        } else {
+            const __m512i names = _mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(i));
+            _mm512_storeu_pd(to.keys + count, _mm512_maskz_compress_pd((__mmask8)found, (__m512d)keys));
+            _mm512_storeu_si512(to.names + count, _mm512_maskz_compress_epi64((__mmask8)found, names));
         }
-    }
-
-    // Meets row[begin] .. row[end - 1], named by their places. A vector may be read beyond the end.
-    void meet(const T* row, std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; i += lanes<T>) {
-            std::uint32_t above = lanes_above<T>(load<Vec<T>>(row + i), broadcast<T>(keys[count - 1]));
-            if (end - i < lanes<T>) above &= (1u << (end - i)) - 1;
-            for (; above != 0; above &= above - 1) {
-                const int lane = __builtin_ctz(above);
-                if (!(row[i + lane] <= keys[count - 1])) insert(row[i + lane], (Index)(i + lane));
-            }
+        count += __builtin_popcount(found);
+#else
+        for (; found != 0; found &= found - 1) {
+            const std::int64_t place = i + __builtin_ctz(found);
+            to.keys[count] = row[place];
+            to.names[count++] = (IndexOf<T>)place;
         }
+#endif
     }
-};
+    return count;
+}
+
+// The places of the k highest of a row, the highest first, equal ones by place. The row has k elements or more and is
+// filled up with minus infinity to n, whole blocks. There is no branch to guess: all that have reached a key which k
+// have reached are candidates, and how many of them come before one is its place in the result.
+template <class T>
+FIVEDP_INLINE void best_of(const T* row, std::int64_t n, std::int64_t k, const Candidates<T>& scratch,
+                           std::int32_t* best) {
+    using Index = IndexOf<T>;
+    const std::int64_t count = collect(row, n, reached_by(row, n, k, scratch.keys), scratch);
+    const std::int64_t padded = whole_blocks(count, lanes<T>);
+    Index step[lanes<T>];
+    for (int lane = 0; lane < lanes<T>; ++lane) step[lane] = lane;
+    for (std::int64_t i = 0; i < padded; i += lanes<T>) {
+        const Vec<T> here = load<Vec<T>>(scratch.keys + i);
+        const Vec<Index> place = load<Vec<Index>>(step) + (Index)i;
+        Vec<Index> before{};  // minus the number of candidates that come before
+        for (std::int64_t j = 0; j < count; ++j) {
+            const Vec<T> other = broadcast<T>(scratch.keys[j]);
+            before += (Vec<Index>)(other > here) |
+                      ((Vec<Index>)(other == here) & (Vec<Index>)((Index)j - Vec<Index>{} < place));
+        }
+        store(scratch.ranks + i, -before);
+    }
+    for (std::int64_t i = 0; i < count; ++i) scratch.sorted[scratch.ranks[i]] = (std::int32_t)scratch.names[i];
+    for (std::int64_t slot = 0; slot < k; ++slot) best[slot] = scratch.sorted[slot];
+}
 
 // The sum of the two highest of row[begin] .. row[end - 1], or the one there is.
 template <class T>
@@ -232,17 +285,16 @@ FIVEDP_INLINE bool read_row(const RoutingProblem& problem, std::int64_t row, con
     const std::int64_t experts = problem.experts, n = whole_blocks(experts, routing_lanes<T>);
     const char* const from = problem.logits + row * problem.row_stride;
     T* const logits = scratch.logits;
-    if constexpr (sizeof(T) == 8) {
-        __builtin_memcpy(logits, from, (std::size_t)experts * sizeof(T));
-    } else if (problem.type == ElementType::f32) {
+    if (problem.type != ElementType::bf16) {
         __builtin_memcpy(logits, from, (std::size_t)experts * sizeof(T));
     } else {
         for (std::int64_t i = 0; i < experts; ++i) logits[i] = element<T, std::uint16_t>(from + 2 * i);
     }
     for (std::int64_t i = experts; i < n; ++i) logits[i] = T(0);
-    const T zero = row_sum<T>(n, [&](std::int64_t i) { return load<Vec<T>>(logits + i) * Vec<T>{}; });
+    Vec<T> zeros{};  // infinity and NaN times 0 are NaN
+    each_vector<T>(n, [&](std::int64_t i) { zeros = zeros + load<Vec<T>>(logits + i) * Vec<T>{}; });
     for (std::int64_t i = experts; i < n; ++i) logits[i] = no_number<T>;
-    return zero == T(0);  // infinity and NaN times 0 are NaN
+    return lanes_at_least<T>(zeros, Vec<T>{}) == (1u << lanes<T>)-1;
 }
 
 // Sigmoid scores of a row and, where `slopes` is given, their derivatives, both from exp(-|z|) so that none cancels;
@@ -286,34 +338,29 @@ FIVEDP_INLINE TokenRow<T> score_row(const RoutingProblem& problem, const Routing
 // The k best experts of a row. Without bias and groups the logits themselves are compared: where scores are so close,
 // or so small, that they round to one number, logits still tell them apart.
 template <class T>
-FIVEDP_INLINE void choose(const RoutingProblem& problem, const RoutingScratch<T>& scratch, std::int32_t* chosen) {
-    const std::int64_t groups = problem.groups, size = problem.experts / groups;
-    const T* keys = scratch.logits;
-    if (problem.bias != nullptr || groups > 1) {
-        const T* const bias = (const T*)problem.bias;
-        for (std::int64_t i = 0; i < problem.experts; ++i)
-            scratch.keys[i] = bias != nullptr ? scratch.scores[i] + bias[i] : scratch.scores[i];
-        keys = scratch.keys;
-    }
-    bool* const reached = scratch.group_chosen;
-    reached[0] = true;
+FIVEDP_INLINE void choose(const RoutingProblem& problem, const RoutingScratch<T>& scratch, std::int64_t n,
+                          std::int32_t* chosen) {
+    const std::int64_t experts = problem.experts, groups = problem.groups, size = experts / groups;
+    T* const keys = scratch.keys;
+    if (problem.bias == nullptr && groups == 1)
+        return best_of<T>(scratch.logits, n, problem.top_k, scratch.candidates, chosen);
+    const T* const bias = (const T*)problem.bias;
+    for (std::int64_t i = 0; i < experts; ++i)
+        keys[i] = bias != nullptr ? scratch.scores[i] + bias[i] : scratch.scores[i];
+    for (std::int64_t i = experts; i < n; ++i) keys[i] = no_number<T>;
     if (groups > 1) {
-        for (std::int64_t g = 0; g < groups; ++g) {
-            scratch.group_scores[g] = best_two(keys, g * size, (g + 1) * size);
-            reached[g] = false;
+        const std::int64_t padded = whole_blocks(groups, routing_lanes<T>);
+        T* const sums = scratch.group_scores;
+        for (std::int64_t g = 0; g < groups; ++g) sums[g] = best_two(keys, g * size, (g + 1) * size);
+        for (std::int64_t g = groups; g < padded; ++g) sums[g] = no_number<T>;
+        best_of<T>(sums, padded, groups, scratch.candidates, scratch.group_order);
+        const T masked = problem.zero_mask ? T(0) : no_number<T>;
+        for (std::int64_t place = problem.top_groups; place < groups; ++place) {
+            T* const group = keys + scratch.group_order[place] * size;
+            for (std::int64_t i = 0; i < size; ++i) group[i] = masked;
         }
-        BestList<T> best(scratch.best_keys, scratch.best_names, problem.top_groups);
-        best.meet(scratch.group_scores, 0, groups);
-        for (std::int64_t i = 0; i < problem.top_groups; ++i) reached[best.names[i]] = true;
     }
-    BestList<T> best(scratch.best_keys, scratch.best_names, problem.top_k);
-    for (std::int64_t g = 0; g < groups; ++g) {
-        if (!reached[g] && !problem.zero_mask) continue;
-        if (!reached[g])
-            for (std::int64_t i = g * size; i < (g + 1) * size; ++i) scratch.keys[i] = T(0);
-        best.meet(keys, g * size, (g + 1) * size);
-    }
-    for (std::int64_t slot = 0; slot < problem.top_k; ++slot) chosen[slot] = (std::int32_t)best.names[slot];
+    best_of<T>(keys, n, problem.top_k, scratch.candidates, chosen);
 }
 
 // The scores of the chosen experts, in slot_scores (0 in empty slots): of a softmax over them where weights are
@@ -390,7 +437,7 @@ static void routing_forward(const RoutingProblem& problem, std::int64_t row_begi
                              (std::size_t)problem.experts * sizeof(T));
         if (problem.choice == RoutingChoice::none) continue;
         std::int32_t* const chosen = problem.chosen + row * slots;
-        if (problem.choice == RoutingChoice::by_score) choose(problem, scratch, chosen);
+        if (problem.choice == RoutingChoice::by_score) choose(problem, scratch, token.n, chosen);
         const T factor = score_slots(problem, scratch, chosen), scale = (T)problem.scale;
         T* const weights = (T*)problem.weights + row * slots;
         for (std::int64_t slot = 0; slot < slots; ++slot) {
