@@ -293,6 +293,20 @@ def test_a_workload_is_the_same_batch_on_any_mesh(comm: MPI.Intracomm, seed: int
     np.testing.assert_array_equal(forced.experts, np.full(16, 100))
 
 
+def test_wrong_workloads_and_reports(comm: MPI.Intracomm) -> None:
+    with pytest.raises(LayoutError, match="kind is 'even'; expected one of uniform"):
+        fivedp.routing_workload("even", 4, 4, 2, 0)
+    for kind, tokens, top_k in (("half_idle", 4, 3), ("zipf", -1, 1), ("uniform", 4, 0), ("balanced", 4, 5)):
+        with pytest.raises(ShapeError, match="expected 0 or more tokens"):
+            fivedp.routing_workload(kind, tokens, 4, top_k, 0)
+    few, many = (fivedp.routing_workload("uniform", 3, experts, 1, 0) for experts in (4, 5))
+    assert_same_error(comm, lambda: fivedp.load_report(few, comm, ranks=0), LayoutError, "ranks is 0; expected 1")
+    if comm.size > 1:
+        odd = many if comm.rank == 1 else few
+        assert_same_error(comm, lambda: fivedp.load_report(odd, comm), ShapeError, "`counts` has shape")
+    assert fivedp.load_report(fivedp.routing_workload("uniform", 0, 3, 1, 0), comm).expert_ratio == 1.0
+
+
 def test_a_forced_balance_keeps_weights_and_their_gradient(seed: int) -> None:
     rng = np.random.default_rng(seed)
     routing = fivedp.route(rng.standard_normal((40, 6)), 2, capacity_factor=0.8)

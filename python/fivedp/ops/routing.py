@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import routing as kernel
 from fivedp.kernels.routing import UNITS, Integers, Routed, Rule, Totals
 from fivedp.ops.batch_ranks import BatchRanks
 from fivedp.ops.capacity import capacity_of, keep_highest, pairs_before, slots_of
+from fivedp.ops.matmul import share_cores
 from fivedp.ops.routing_call import Options, check_arrays, read_options
 
 Array = Any
@@ -178,6 +180,8 @@ def route(
         "groups": groups, "group_mask": group_mask, "scale": scale, "drop": drop, "definition": definition,
         "choice": choice,
     }  # fmt: skip
+    if comm is not None:
+        share_cores(grid_of(comm))
     error: ValueError | None = None
     text = ""
     try:

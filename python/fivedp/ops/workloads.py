@@ -158,9 +158,9 @@ def _routing(chosen: Any, weights: Array, n_experts: int, first_token: int) -> R
 
 def _uniform(seed: int, numbers: Integers, columns: int) -> npt.NDArray[np.float64]:
     """Numbers between 0 and 1, a hash of (seed, token, column) each (splitmix64, Steele et al. 2014)."""
-    words: Words = numbers.astype(np.uint64)[:, None] * np.uint64(2**20) + np.arange(columns, dtype=np.uint64)
+    places: Words = np.arange(columns, dtype=np.uint64)
     start = np.uint64((seed + 1) * _GOLDEN % 2**64)
-    words = _mix(_mix(words + start) ^ start)
+    words = _mix(_mix(np.uint64(2**20) * numbers.astype(np.uint64)[:, None] + places + start) ^ start)
     return np.asarray(((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53)
 
 
