@@ -41,25 +41,26 @@ def pairs_before(choices: Integers, rank: int) -> Integers:
 
 
 def keep_highest(
-    ranks: BatchRanks, experts: npt.NDArray[np.int32], scores: Array, totals: Integers, capacity: int
+    ranks: BatchRanks, experts: npt.NDArray[Any], scores: Array, totals: Integers, capacity: int
 ) -> npt.NDArray[np.bool_]:
     """Which of this rank's pairs are among the `capacity` highest of their expert over all ranks.
 
     Parameters
     ----------
     ranks : BatchRanks
-    experts : int32 (pairs,)
+    experts : int (pairs,)
+        Without those that are known not to stay, if that is convenient.
     scores : float32 or float64 (pairs,)
         In the order of tokens, on each rank and over the ranks; equal scores go to the lower token.
     totals : int64 (E,)
-        Pairs of every expert on all ranks.
+        Pairs of every expert on all ranks, with those that were left out.
     capacity : int
 
     Notes
     -----
     Collective over the ranks where any expert has too many pairs.
     """
-    kept = (totals <= capacity)[experts]
+    kept: npt.NDArray[np.bool_] = (totals <= capacity)[experts]
     crowded = np.flatnonzero(totals > capacity)
     if not crowded.size:
         return kept

@@ -202,18 +202,20 @@ def route(
     else:
         routed, kept, of_batch = _experts_choose(scope, options, logits, local, tokens)
     aux_loss, z_loss, balance = _losses(options.definition, tokens, of_batch)
-    state = RoutingState(logits, options.rule, routed.experts, routed.log_sum, balance, tokens)
-    n_experts = logits.shape[1]
+    weights, counts, dropped = routed.weights, routed.totals.choices.sum(0), 0
+    if kept is not routed.experts:
+        weights, counts = np.where(kept >= 0, weights, 0), _counts(kept, logits.shape[1])
+        dropped = routed.experts.size - int(counts.sum())
     return Routing(
         experts=kept,
-        weights=routed.weights if kept is routed.experts else np.where(kept >= 0, routed.weights, 0),
-        counts=np.bincount(kept[kept >= 0], minlength=n_experts).astype(np.int64, copy=False),
+        weights=weights,
+        counts=counts,
         aux_loss=aux_loss,
         z_loss=z_loss,
-        dropped=np.int64(np.count_nonzero(kept != routed.experts)),
-        n_experts=n_experts,
+        dropped=np.int64(dropped),
+        n_experts=logits.shape[1],
         first_token=sum(ranks.lengths[: ranks.index]),
-        state=state,
+        state=RoutingState(logits, options.rule, routed.experts, routed.log_sum, balance, tokens),
     )
 
 
@@ -337,9 +339,15 @@ def _experts_choose(
     scores, totals = scored
     n_experts = logits.shape[1]
     capacity = min(tokens, capacity_of(options.capacity_factor or 1.0, tokens, options.top_k, n_experts))
-    pairs = np.tile(np.arange(n_experts, dtype=np.int32), len(logits))
-    taken = keep_highest(ranks, pairs, scores.reshape(-1), np.full(n_experts, tokens, np.int64), capacity)
-    routed = kernel.weights(logits, slots_of(taken.reshape(scores.shape)), options.rule)
+    taken = np.ones(scores.shape, bool)
+    if capacity < len(scores):
+        # An expert's best on all ranks are among its best here.
+        place = len(scores) - capacity
+        taken = scores >= np.partition(scores, place, axis=0)[place]
+    rows, experts = np.nonzero(taken)
+    every = np.full(n_experts, tokens, np.int64)
+    taken[rows, experts] = keep_highest(ranks, experts, scores[rows, experts], every, capacity)
+    routed = kernel.weights(logits, slots_of(taken), options.rule)
     sums = _total(ranks.gather(np.concatenate([totals.probabilities, totals.squares])))
     return routed, routed.experts, Totals(np.full((1, n_experts), capacity), sums[:-3], sums[-3:])
 
@@ -369,5 +377,9 @@ def _losses(definition: str, tokens: int, totals: Totals) -> tuple[float, float,
 
 def with_experts(routing: Routing, experts: npt.NDArray[np.int32]) -> Routing:
     """The routing with other experts in the same slots, weights and gradient as they were."""
-    counts = np.bincount(experts[experts >= 0], minlength=routing.n_experts)
-    return replace(routing, experts=experts, counts=counts.astype(np.int64, copy=False))
+    return replace(routing, experts=experts, counts=_counts(experts, routing.n_experts))
+
+
+def _counts(experts: npt.NDArray[np.int32], n_experts: int) -> Integers:
+    """How many pairs every expert has; -1 is none."""
+    return np.bincount(experts.reshape(-1) + 1, minlength=n_experts + 1)[1:].astype(np.int64, copy=False)
