@@ -3,6 +3,7 @@
 
 namespace fivedp {
 void bind_attention(pybind11::module_& module);
+void bind_experts(pybind11::module_& module);
 void bind_gemm(pybind11::module_& module);
 void bind_layout(pybind11::module_& module);
 }  // namespace fivedp
@@ -10,6 +11,7 @@ void bind_layout(pybind11::module_& module);
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Local arithmetic on the CPU; see fivedp.kernels";
     fivedp::bind_attention(module);
+    fivedp::bind_experts(module);
     fivedp::bind_gemm(module);
     fivedp::bind_layout(module);
 }

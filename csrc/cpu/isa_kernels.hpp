@@ -18,6 +18,7 @@
 #endif
 
 #include "cpu/attention_problem.hpp"
+#include "cpu/experts_problem.hpp"
 #include "cpu/gemm_problem.hpp"
 #include "cpu/kernel_table.hpp"
 
@@ -47,6 +48,10 @@ namespace {
 #include "cpu/attention_forward.hpp"
 // (in this order)
 #include "cpu/attention_backward.hpp"
+// (experts)
+#include "cpu/activations.hpp"
+// (in this order)
+#include "cpu/experts.hpp"
 
 template <class E>
 constexpr GemmKernel gemm_kernel() {
@@ -90,7 +95,8 @@ constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA),
                                gemm_kernel<Bf16Engine>(),
                                &tree_sum,
                                attention_kernel<float>(),
-                               attention_kernel<double>()};
+                               attention_kernel<double>(),
+                               {&activate, &activation_gradient, &combine, &weighted_rows, &row_dots}};
 
 }  // namespace FIVEDP_ISA
 }  // namespace fivedp

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/attention_problem.hpp"
+#include "cpu/experts_problem.hpp"
 #include "cpu/gemm_problem.hpp"
 
 namespace fivedp {
@@ -12,6 +13,7 @@ struct KernelTable {
     // Sums rows row_begin <= row < row_end of the flattened (batch, row) index; the partials' type chooses.
     void (*tree_sum)(const TreeSumProblem& problem, std::int64_t row_begin, std::int64_t row_end);
     AttentionKernel attention_f32, attention_f64;  // by the type of sums
+    ExpertKernels experts;
 };
 
 }  // namespace fivedp

@@ -78,8 +78,7 @@ FIVEDP_INLINE void rows_of_b(const Operand& b, std::int64_t batch, std::int64_t 
         const Piece& piece = b.pieces[p];
         const Overlap part = overlap(piece, k_begin, k_end);
         for (std::int64_t k = part.begin; k < part.end; ++k)
-            rows[k - k_begin] = piece.data + batch * piece.batch_stride + column * piece.outer_stride +
-                                (k - piece.k_begin) * piece.k_stride;
+            rows[k - k_begin] = place_of(piece, batch, column, k);
     }
     if ((k_end - k_begin) % E::unit_k != 0) rows[k_end - k_begin] = nullptr;
 }
