@@ -1,5 +1,5 @@
-// What the bindings have in common: element types of NumPy arrays, and a Python callable that is asked during a product.
-// bfloat16 arrives as a view of uint16, which no other argument can be.
+// What the bindings have in common: element types of NumPy arrays, and a Python callable that is asked during a
+// product. bfloat16 arrives as a view of uint16, which no other argument can be.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -35,14 +35,13 @@ inline ElementType type_of(const pybind11::array& array, const char* who, const 
         if (kind == 'f' && size == 8) return ElementType::f64;
         if (kind == 'u' && size == 2) return ElementType::bf16;
     }
-    throw pybind11::type_error(std::string(who) + ": " + argument + " is " +
-                               pybind11::str(dtype).cast<std::string>() +
+    throw pybind11::type_error(std::string(who) + ": " + argument + " is " + pybind11::str(dtype).cast<std::string>() +
                                "; float32, float64 or bfloat16 in the machine's byte order would be right");
 }
 
 // `progress` as the drivers call it, without the interpreter lock; what it raised is passed on by `rethrow`.
 class ProgressCall {
-   public:
+  public:
     explicit ProgressCall(const pybind11::object& progress) {
         if (progress.is_none()) return;
         call_ = [this, progress] {
@@ -64,7 +63,7 @@ class ProgressCall {
         if (raised_) std::rethrow_exception(raised_);
     }
 
-   private:
+  private:
     std::function<bool()> call_;
     std::exception_ptr raised_;
 };

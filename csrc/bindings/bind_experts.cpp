@@ -54,7 +54,7 @@ void check_result_type(ElementType out, ElementType type, bool bf16_too, const c
     if (!fits)
         throw py::type_error(std::string(who) + ": " + name + " is " + name_of(out) + " beside operands of " +
                              name_of(type) + "; " +
-                             (type == ElementType::f64                 ? "float64"
+                             (type == ElementType::f64                ? "float64"
                               : bf16_too || type == ElementType::bf16 ? "float32 or bfloat16"
                                                                       : "float32") +
                              " would be right");
@@ -263,8 +263,7 @@ void grouped_matmul(const py::sequence& x, const py::sequence& w, const py::hand
     check_result_type(matrix.view.type, problem.type, false, who, "out");
     check_shape(matrix, rows, problem.n, who, "out");
     check_writable(result, who, "out");
-    problem.out = {matrix.view.data, 1, rows, problem.n, 0, matrix.view.stride, matrix.column_stride,
-                   matrix.view.type};
+    problem.out = {matrix.view.data, 1, rows, problem.n, 0, matrix.view.stride, matrix.column_stride, matrix.view.type};
     const ProgressCall call(progress);
     {
         py::gil_scoped_release no_gil;
@@ -291,8 +290,8 @@ void grouped_outer(const py::handle& x, const py::handle& dy, const py::handle& 
     check(result.ndim() == 3 && result.shape(1) == problem.k && result.shape(2) == problem.n, who, ": out has shape ",
           shape_of(result), "; (experts, ", problem.k, ", ", problem.n, ") would be right");
     check_experts(problem.groups, result.shape(0), who, "out");
-    problem.out = {data_of(result), result.shape(0), problem.k, problem.n, result.strides(0), result.strides(1),
-                   result.strides(2), type_of(result, who, "out")};
+    problem.out = {data_of(result),   result.shape(0),   problem.k,         problem.n,
+                   result.strides(0), result.strides(1), result.strides(2), type_of(result, who, "out")};
     check_result_type(problem.out.type, problem.type, false, who, "out");
     check_writable(result, who, "out");
     const ProgressCall call(progress);
@@ -400,8 +399,7 @@ void expert_hidden_backward(const py::handle& d_hidden, const py::handle& gate, 
     }
     problem.d_up = output(d_up, "d_up");
     if (!hidden_weighted.is_none()) problem.hidden_weighted = output(hidden_weighted, "hidden_weighted");
-    if (!weights.is_none())
-        problem.weights = row_values(weights, up_rows.rows, problem.type, false, who, "weights");
+    if (!weights.is_none()) problem.weights = row_values(weights, up_rows.rows, problem.type, false, who, "weights");
     if (!d_weights.is_none())
         problem.d_weights = row_values(d_weights, up_rows.rows, problem.type, true, who, "d_weights");
     py::gil_scoped_release no_gil;
@@ -433,8 +431,7 @@ void combine_rows(const py::handle& rows, const py::handle& starts, const py::ha
     problem.out = written_rows(out, outputs, matrix.columns, who, "out");
     check_result_type(problem.out.type, matrix.view.type, true, who, "out");
     problem.starts = all_starts.data();
-    if (!weights.is_none())
-        problem.weights = row_values(weights, matrix.rows, matrix.view.type, false, who, "weights");
+    if (!weights.is_none()) problem.weights = row_values(weights, matrix.rows, matrix.view.type, false, who, "weights");
     problem.experts = all_experts.data();
     problem.n_experts = n_experts;
     problem.columns = matrix.columns;
@@ -493,8 +490,8 @@ void bind_experts(py::module_& module) {
     module.def("expert_hidden", &expert_hidden, py::arg("x"), py::arg("w_gate"), py::arg("w_up"), py::arg("offsets"),
                py::arg("hidden"), py::arg("gate"), py::arg("up"), py::arg("activation"), py::arg("progress"));
     module.def("expert_hidden_backward", &expert_hidden_backward, py::arg("d_hidden"), py::arg("gate"), py::arg("up"),
-               py::arg("weights"), py::arg("d_gate"), py::arg("d_up"), py::arg("hidden_weighted"),
-               py::arg("d_weights"), py::arg("activation"));
+               py::arg("weights"), py::arg("d_gate"), py::arg("d_up"), py::arg("hidden_weighted"), py::arg("d_weights"),
+               py::arg("activation"));
     module.def("combine_rows", &combine_rows, py::arg("rows"), py::arg("starts"), py::arg("weights"),
                py::arg("experts"), py::arg("n_experts"), py::arg("out"));
     module.def("gather_rows", &gather_rows, py::arg("rows"), py::arg("out"));

@@ -5,8 +5,8 @@
 // under 8; gelu_tanh takes along the rounding of its argument, whose error is a few units times the argument. A factor
 // below the smallest normal number counts as 0.
 
-// exp(high + low) for high <= 0 and |low| tiny beside it. The argument is turned into units of log 2 with a remainder, so
-// that the error does not grow with it.
+// exp(high + low) for high <= 0 and |low| tiny beside it. The argument is turned into units of log 2 with a remainder,
+// so that the error does not grow with it.
 template <class T>
 FIVEDP_INLINE Vec<T> exp_of(Vec<T> high, Vec<T> low) {
     constexpr T log2_e = T(1.4426950408889634074);
@@ -46,17 +46,17 @@ template <class T>
 static constexpr int erfc_terms = sizeof(T) == 4 ? 12 : 25;
 template <class T>
 static constexpr T erfc_center = sizeof(T) == 4 ? T(3) : T(3.75);
-static constexpr float erfc_in_float[] = {1.2530080563677553f,    -0.1356210694002736f,   -0.047562156927520074f,
-                                          0.12964411434408139f,   -0.11927527528224089f,  0.068316567771140853f,
-                                          -0.02376357643949504f,  0.0024991168696069476f, 0.001875079123772353f,
+static constexpr float erfc_in_float[] = {1.2530080563677553f,     -0.1356210694002736f,   -0.047562156927520074f,
+                                          0.12964411434408139f,    -0.11927527528224089f,  0.068316567771140853f,
+                                          -0.02376357643949504f,   0.0024991168696069476f, 0.001875079123772353f,
                                           -7.2645367903404842e-4f, -9.254516686923966e-5f, 7.7310242240768951e-5f};
 static constexpr double erfc_in_double[] = {
-    1.2375126308378275796,     -0.14024059858554696245,   0.003585415485464429369,   0.082276738490145207683,
-    -0.10880393014174885723,   0.09230432116037747776,    -0.058693398589636774061,  0.028362277418956404286,
-    -0.0097465795580292755337, 0.0017556258528952953569,  0.00029371366559134481992, -0.00029015408054084171105,
+    1.2375126308378275796,     -0.14024059858554696245,    0.003585415485464429369,     0.082276738490145207683,
+    -0.10880393014174885723,   0.09230432116037747776,     -0.058693398589636774061,    0.028362277418956404286,
+    -0.0097465795580292755337, 0.0017556258528952953569,   0.00029371366559134481992,   -0.00029015408054084171105,
     0.00005164909889268240345, 0.000022384239155082229819, -0.000011444146237700523376, -9.7355989673677493224e-7,
-    1.7516376488490621479e-6,  -5.721823060322408962e-8,  -2.5866850716155885967e-7, 2.3263508708859125273e-8,
-    3.867533424222236043e-8,   -3.744210080962019281e-9,  -5.1739902140113110549e-9, 3.111433380979926339e-10,
+    1.7516376488490621479e-6,  -5.721823060322408962e-8,   -2.5866850716155885967e-7,   2.3263508708859125273e-8,
+    3.867533424222236043e-8,   -3.744210080962019281e-9,   -5.1739902140113110549e-9,   3.111433380979926339e-10,
     4.2514714447963922374e-10};
 
 // The normal distribution, P(X <= x) = erfc(-x / sqrt 2) / 2, and its density.
@@ -96,8 +96,8 @@ FIVEDP_INLINE Activated<T> activated(Vec<T> x) {
         const Normal<T> p = normal<T>(x);
         return {x * p.distribution, fused(x, p.density, p.distribution)};
     } else if constexpr (activation == Activation::gelu_tanh) {
-        // (1 + tanh u) / 2 = sigmoid(2 u) with 2 u = 2 sqrt(2 / pi) (x + 0.044715 x^3). Beyond 100 all is saturated, and
-        // powers must not overflow.
+        // (1 + tanh u) / 2 = sigmoid(2 u) with 2 u = 2 sqrt(2 / pi) (x + 0.044715 x^3). Beyond 100 all is saturated,
+        // and powers must not overflow.
         const Vec<T> scale = broadcast<T>(T(1.5957691216057307118)), cubic = broadcast<T>(T(0.044715));
         const Vec<T> limit = broadcast<T>(T(100)), y = x > limit ? limit : x < -limit ? -limit : x, square = y * y;
         const Sigmoid<T> s = sigmoid<T>(scale * y * fused(cubic, square, one));

@@ -117,26 +117,27 @@ FIVEDP_NOINLINE void activation_gradient_rows(const ActivationGradientProblem& p
             problem.weights != nullptr ? element<T, T>(problem.weights + row * (std::int64_t)sizeof(T)) : T(1);
         const Vec<T> weight = broadcast<T>(one_weight);
         Dot<T> dot = {};
-        each_vector<T, Dot<T>::vectors>(problem.columns, [&](int v, std::int64_t column, std::int64_t n) FIVEDP_INLINE_LAMBDA {
-            const Vec<T> d = load_elements<T, Incoming>(d_hidden + column * (std::int64_t)sizeof(Incoming), n);
-            const Vec<T> u = load_elements<T, Stored>(up + column * size, n);
-            const Vec<T> weighted = weight * d;
-            Vec<T> hidden;
-            if constexpr (gated) {
-                const Activated<T> g = activated<activation, T>(load_elements<T, Stored>(gate + column * size, n));
-                hidden = g.value * u;
-                store_elements<T, Stored>(d_gate + column * size, weighted * u * g.slope, n);
-                store_elements<T, Stored>(d_up + column * size, weighted * g.value, n);
-            } else {
-                const Activated<T> g = activated<activation, T>(u);
-                hidden = g.value;
-                store_elements<T, Stored>(d_up + column * size, weighted * g.slope, n);
-            }
-            hidden = as_stored<T, Stored>(hidden);  // what the second product read
-            dot.sum[v] = fused(d, hidden, dot.sum[v]);
-            if (hidden_weighted != nullptr)
-                store_elements<T, Stored>(hidden_weighted + column * size, weight * hidden, n);
-        });
+        each_vector<T, Dot<T>::vectors>(
+            problem.columns, [&](int v, std::int64_t column, std::int64_t n) FIVEDP_INLINE_LAMBDA {
+                const Vec<T> d = load_elements<T, Incoming>(d_hidden + column * (std::int64_t)sizeof(Incoming), n);
+                const Vec<T> u = load_elements<T, Stored>(up + column * size, n);
+                const Vec<T> weighted = weight * d;
+                Vec<T> hidden;
+                if constexpr (gated) {
+                    const Activated<T> g = activated<activation, T>(load_elements<T, Stored>(gate + column * size, n));
+                    hidden = g.value * u;
+                    store_elements<T, Stored>(d_gate + column * size, weighted * u * g.slope, n);
+                    store_elements<T, Stored>(d_up + column * size, weighted * g.value, n);
+                } else {
+                    const Activated<T> g = activated<activation, T>(u);
+                    hidden = g.value;
+                    store_elements<T, Stored>(d_up + column * size, weighted * g.slope, n);
+                }
+                hidden = as_stored<T, Stored>(hidden);  // what the second product read
+                dot.sum[v] = fused(d, hidden, dot.sum[v]);
+                if (hidden_weighted != nullptr)
+                    store_elements<T, Stored>(hidden_weighted + column * size, weight * hidden, n);
+            });
         if (problem.d_weights != nullptr) {
             const T sum = total<T>(dot);
             __builtin_memcpy(problem.d_weights + row * (std::int64_t)sizeof(T), &sum, sizeof sum);
@@ -144,8 +145,8 @@ FIVEDP_NOINLINE void activation_gradient_rows(const ActivationGradientProblem& p
     }
 }
 
-// How deep the lowest common ancestor of two experts, a < b, lies in the tree that halves [0, n), the first half getting
-// the odd one.
+// How deep the lowest common ancestor of two experts, a < b, lies in the tree that halves [0, n), the first half
+// getting the odd one.
 FIVEDP_INLINE int common_depth(std::int64_t n, std::int64_t a, std::int64_t b) {
     std::int64_t begin = 0;
     for (int depth = 0;; ++depth) {
@@ -166,8 +167,7 @@ FIVEDP_INLINE void plan_joins(const CombineProblem& problem, std::int64_t begin,
     std::int8_t depths[64];  // of the ancestors that join what is open; the tree has at most 32 levels
     int open = 0;
     for (std::int64_t p = begin; p < end; ++p) {
-        const int next =
-            p + 1 < end ? common_depth(problem.n_experts, problem.experts[p], problem.experts[p + 1]) : -1;
+        const int next = p + 1 < end ? common_depth(problem.n_experts, problem.experts[p], problem.experts[p + 1]) : -1;
         int joins = 0;
         for (; open > 0 && depths[open - 1] > next; --open) ++joins;
         if (p + 1 < end) depths[open++] = (std::int8_t)next;
@@ -193,8 +193,8 @@ FIVEDP_NOINLINE void combine_outputs(const CombineProblem& problem, std::int64_t
             for (std::int64_t p = begin; p < end; ++p) {
                 const char* const from = row_of(problem.rows, p) + column * size;
                 const bool weighted = problem.weights != nullptr;
-                const Vec<T> weight = broadcast<T>(
-                    weighted ? element<T, T>(problem.weights + p * (std::int64_t)sizeof(T)) : T(1));
+                const Vec<T> weight =
+                    broadcast<T>(weighted ? element<T, T>(problem.weights + p * (std::int64_t)sizeof(T)) : T(1));
                 int joins = problem.joins[p];
                 // A leaf that ends a sum is added as it is read.
                 T* const to = stack[joins > 0 ? open - 1 : open];
@@ -245,10 +245,11 @@ FIVEDP_NOINLINE void dot_rows(const RowDotsProblem& problem, std::int64_t row_be
         const char* const a = row_of(problem.a, row);
         const char* const b = row_of(problem.b, row);
         Dot<T> dot = {};
-        each_vector<T, Dot<T>::vectors>(problem.columns, [&](int v, std::int64_t column, std::int64_t n) FIVEDP_INLINE_LAMBDA {
-            dot.sum[v] = fused(load_elements<T, A>(a + column * (std::int64_t)sizeof(A), n),
-                               load_elements<T, B>(b + column * (std::int64_t)sizeof(B), n), dot.sum[v]);
-        });
+        each_vector<T, Dot<T>::vectors>(
+            problem.columns, [&](int v, std::int64_t column, std::int64_t n) FIVEDP_INLINE_LAMBDA {
+                dot.sum[v] = fused(load_elements<T, A>(a + column * (std::int64_t)sizeof(A), n),
+                                   load_elements<T, B>(b + column * (std::int64_t)sizeof(B), n), dot.sum[v]);
+            });
         const T sum = total<T>(dot);
         __builtin_memcpy(problem.out + row * (std::int64_t)sizeof(T), &sum, sizeof sum);
     }
@@ -335,7 +336,7 @@ static void weighted_rows(const WeightedRowsProblem& problem, std::int64_t row_b
         using T = typename decltype(sums)::type;
         with_other<T>(problem.out.type, [&](auto result) {
             weigh_rows<T, typename decltype(stored)::type, typename decltype(result)::type>(problem, row_begin,
-                                                                                           row_end);
+                                                                                            row_end);
         });
     });
 }

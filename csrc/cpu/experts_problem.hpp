@@ -25,8 +25,8 @@ struct ActivationProblem {
     std::int64_t columns;
 };
 
-// Its gradient, of d_hidden that is not weighted yet. Absent arrays have null data; `weights` and `d_weights` are in the
-// type of sums.
+// Its gradient, of d_hidden that is not weighted yet. Absent arrays have null data; `weights` and `d_weights` are in
+// the type of sums.
 struct ActivationGradientProblem {
     Activation activation;
     ElementType type;  // of all but d_hidden

@@ -100,7 +100,8 @@ FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& ra
             for (std::int64_t panel = 0; panel < tiles_n; ++panel) {
                 const std::int64_t column = panel * width;
                 const std::int64_t n_columns = columns - column < width ? columns - column : width;
-                Unit* const b_panel = packed_b + column * pass_units<E>;
+                // A panel that no other strip will read need not be kept: the next takes its place in the L1 cache.
+                Unit* const b_panel = packed_b + (n_strips > 1 ? column * pass_units<E> : 0);
                 Ahead next_b = nothing_ahead;
                 // Packed just before its first use, so it is still in the L1 cache.
                 if (strip == 0) {
@@ -110,7 +111,7 @@ FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& ra
                                           columns - column - width < width ? columns - column - width : width,
                                           pass.k_begin, pass.k_end);
                 }
-                const std::int64_t b_lines = lines(next_b) / strip_tiles + 1;
+                const std::int64_t b_lines = lines(next_b) / (strip_tiles * pass.n_chains) + 1;
 
                 for (std::int64_t row = strip; row < strip_end; row += height) {
                     const std::int64_t n_rows = strip_end - row < height ? strip_end - row : height;
@@ -118,15 +119,16 @@ FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& ra
                     const std::int64_t offset = (panel * tiles_m + row / height) * tile_size;
                     const Unit* const a_rows = packed_a + (row - strip) * pass_units<E>;
                     fetch(next_a, a_lines);
-                    fetch(next_b, b_lines);
                     char* const c = problem.c.data + range.batch * problem.c.batch_stride +
                                     (range.m_begin + row) * problem.c.row_stride +
                                     (range.n_begin + column) * problem.c.col_stride;
                     if (last_pass)
                         for (std::int64_t r = 0; r < n_rows; ++r) __builtin_prefetch(c + r * problem.c.row_stride, 1);
-                    for (int i = 0; i < pass.n_chains; ++i)
+                    for (int i = 0; i < pass.n_chains; ++i) {
+                        fetch(next_b, b_lines);
                         multiply(a_rows + pass.chains[i].unit_begin, b_panel + pass.chains[i].unit_begin * width,
                                  pass.chains[i].units, sums[i].open, offset, sums[i].to + (offset & sums[i].mask));
+                    }
                     if (last_pass)
                         for (std::int64_t r = 0; r < n_rows; ++r)
                             finish_row_as<Acc>(problem.c.type, tile + r * width, c + r * problem.c.row_stride,

@@ -78,7 +78,6 @@ void plan_blocks(GemmRequest& request, const GemmKernel& kernel, int threads, st
     problem.block_n = round_up(ceil_div(n, blocks_n), kernel.tile_n);
 }
 
-
 void limit_blocks(GemmRequest& request, const GemmKernel& kernel, std::int64_t elements) {
     GemmProblem& problem = request.problem;
     if (problem.stream) return;

@@ -29,7 +29,8 @@ void choose_orientation(GemmRequest& request, const GemmKernel& kernel);
 // Writes the order of the sum into the request; `plan` must outlive it.
 void set_sum(GemmRequest& request, const SumPlan& plan);
 
-// Chooses the sizes of a C block; `columns_beside` counts the columns of all products that are streamed in the same call.
+// Chooses the sizes of a C block; `columns_beside` counts the columns of all products that are streamed in the same
+// call.
 void plan_blocks(GemmRequest& request, const GemmKernel& kernel, int threads, std::int64_t columns_beside);
 
 // Few rows, and every piece of B contiguous along n.

@@ -29,8 +29,7 @@ std::int64_t rows_of_group(const Groups& groups, std::int64_t group) {
 
 // A group's rows as a piece of A (rows are m) or, for products that sum over rows, with rows as k.
 Piece rows_as_outer(const RowsPiece& x, std::int64_t first_row) {
-    if (x.rows.table != nullptr)
-        return {nullptr, x.k_begin, x.k_end, 0, x.column_stride, 0, x.rows.table + first_row};
+    if (x.rows.table != nullptr) return {nullptr, x.k_begin, x.k_end, 0, x.column_stride, 0, x.rows.table + first_row};
     return {x.rows.data + first_row * x.rows.stride, x.k_begin, x.k_end, x.rows.stride, x.column_stride, 0};
 }
 Piece rows_as_k(const RowsPiece& x, std::int64_t first_row, std::int64_t rows) {
@@ -78,8 +77,7 @@ struct Products {
 
     std::int64_t scratch_bytes() const {
         std::int64_t bytes = 0;
-        for (const GemmRequest& request : requests)
-            bytes = std::max(bytes, block_bytes(request.problem, kernel));
+        for (const GemmRequest& request : requests) bytes = std::max(bytes, block_bytes(request.problem, kernel));
         return bytes;
     }
 
@@ -238,8 +236,7 @@ void run_expert_hidden(const ExpertHiddenProblem& problem, const std::function<b
         up[e] = weights_of(problem.w_up, group);
         if (gated) gate[e] = weights_of(problem.w_gate, group);
         const ArrayView c{nullptr, 1, rows, problem.n, 0, 0, size, problem.type};
-        products.requests.push_back(
-            request_of(problem.type, rows, problem.n, problem.k, {&x[e], 1}, {&up[e], 1}, c));
+        products.requests.push_back(request_of(problem.type, rows, problem.n, problem.k, {&x[e], 1}, {&up[e], 1}, c));
         set_sum(products.requests.back(), sum);
         expert.push_back(e);
     }
@@ -250,27 +247,26 @@ void run_expert_hidden(const ExpertHiddenProblem& problem, const std::function<b
         block_size = std::max(block_size, request.problem.block_m * request.problem.block_n * size);
     const std::int64_t product_bytes = round_up(products.scratch_bytes(), 64), buffer_bytes = round_up(block_size, 64);
     const auto activate = kernels().experts.activate;
-    products.run(product_bytes + 2 * buffer_bytes, progress,
-                 [&](std::size_t which, const BlockRange& range, char* memory, const Poll& poll) {
-                     const std::size_t e = expert[which];
-                     const std::int64_t first_row = problem.groups.offsets[e];
-                     GemmProblem product = products.requests[which].problem;
-                     ActivationProblem block{problem.activation, problem.type, {}, {}, problem.hidden,
-                                             range.n_end - range.n_begin};
-                     if (gated) {
-                         product.b = {&gate[e], 1};
-                         block.gate =
-                             send_product(product, problem.gate, first_row, range, size, memory + product_bytes);
-                         if (!products.multiply(product, range, memory, poll)) return false;
-                     }
-                     product.b = {&up[e], 1};
-                     block.up = send_product(product, problem.up, first_row, range, size,
-                                             memory + product_bytes + buffer_bytes);
-                     if (!products.multiply(product, range, memory, poll)) return false;
-                     block.hidden.data += (first_row + range.m_begin) * block.hidden.stride + range.n_begin * size;
-                     activate(block, 0, range.m_end - range.m_begin);
-                     return true;
-                 });
+    products.run(
+        product_bytes + 2 * buffer_bytes, progress,
+        [&](std::size_t which, const BlockRange& range, char* memory, const Poll& poll) {
+            const std::size_t e = expert[which];
+            const std::int64_t first_row = problem.groups.offsets[e];
+            GemmProblem product = products.requests[which].problem;
+            ActivationProblem block{problem.activation,         problem.type, {}, {}, problem.hidden,
+                                    range.n_end - range.n_begin};
+            if (gated) {
+                product.b = {&gate[e], 1};
+                block.gate = send_product(product, problem.gate, first_row, range, size, memory + product_bytes);
+                if (!products.multiply(product, range, memory, poll)) return false;
+            }
+            product.b = {&up[e], 1};
+            block.up = send_product(product, problem.up, first_row, range, size, memory + product_bytes + buffer_bytes);
+            if (!products.multiply(product, range, memory, poll)) return false;
+            block.hidden.data += (first_row + range.m_begin) * block.hidden.stride + range.n_begin * size;
+            activate(block, 0, range.m_end - range.m_begin);
+            return true;
+        });
 }
 
 void run_activation_gradient(const ActivationGradientProblem& problem, std::int64_t rows) {
@@ -282,21 +278,18 @@ void run_activation_gradient(const ActivationGradientProblem& problem, std::int6
 void run_combine(CombineProblem problem, std::int64_t outputs) {
     std::vector<std::uint8_t> joins(static_cast<std::size_t>(problem.starts[outputs]));
     problem.joins = joins.data();
-    share_rows(outputs, problem.columns, [&](std::int64_t begin, std::int64_t end) {
-        kernels().experts.combine(problem, begin, end);
-    });
+    share_rows(outputs, problem.columns,
+               [&](std::int64_t begin, std::int64_t end) { kernels().experts.combine(problem, begin, end); });
 }
 
 void run_weighted_rows(const WeightedRowsProblem& problem, std::int64_t rows) {
-    share_rows(rows, problem.columns, [&](std::int64_t begin, std::int64_t end) {
-        kernels().experts.weighted_rows(problem, begin, end);
-    });
+    share_rows(rows, problem.columns,
+               [&](std::int64_t begin, std::int64_t end) { kernels().experts.weighted_rows(problem, begin, end); });
 }
 
 void run_row_dots(const RowDotsProblem& problem, std::int64_t rows) {
-    share_rows(rows, problem.columns, [&](std::int64_t begin, std::int64_t end) {
-        kernels().experts.row_dots(problem, begin, end);
-    });
+    share_rows(rows, problem.columns,
+               [&](std::int64_t begin, std::int64_t end) { kernels().experts.row_dots(problem, begin, end); });
 }
 
 void run_gather_rows(const RowsView& from, const RowsView& to, std::int64_t rows, std::int64_t row_bytes) {

@@ -4,8 +4,8 @@
 //     B: panels of tile_columns,   to[k * tile_columns + j], filled up with zero columns
 //
 // Three ways, by the source's strides: contiguous along the packed direction (copy), contiguous across it (transposed
-// in registers, 8 x 8), or any strides (element by element). Sources are read where they lie and may be unaligned. Where
-// they are contiguous one way, their rows may lie anywhere (see Piece): each is then looked up in a table.
+// in registers, 8 x 8), or any strides (element by element). Sources are read where they lie and may be unaligned.
+// Where they are contiguous one way, their rows may lie anywhere (see Piece): each is then looked up in a table.
 
 // Where the rows of a source begin: at a stride, or wherever a table of them says.
 struct StridedRows {
@@ -247,9 +247,8 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
                     }
                 });
             } else if (piece.k_stride == size) {
-                with_rows(piece, from, piece.outer_stride, column_begin, first_k * size, [&](const auto& source) {
-                    transpose<Unit, Source>(source, columns, count, into, width);
-                });
+                with_rows(piece, from, piece.outer_stride, column_begin, first_k * size,
+                          [&](const auto& source) { transpose<Unit, Source>(source, columns, count, into, width); });
             } else if (piece.rows != nullptr) {
                 for (std::int64_t k = 0; k < count; ++k)
                     transpose_any<Unit, Source>(piece.rows[first_k + k] + column_begin * size, size, 0, columns, 1,
@@ -264,8 +263,8 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
             const auto put_half = [&](std::int64_t at) {
                 std::uint16_t* half = (std::uint16_t*)(to + at / 2 * width) + at % 2;
                 for (std::int64_t j = 0; j < columns; ++j)
-                    half[2 * j] = element<std::uint16_t, std::uint16_t>(
-                        place_of(piece, batch, column_begin + j, k_begin + at));
+                    half[2 * j] =
+                        element<std::uint16_t, std::uint16_t>(place_of(piece, batch, column_begin + j, k_begin + at));
             };
             if (k % 2 != 0) put_half(k++);
             const std::int64_t pairs = (end - k) / 2, skipped = k - (part.begin - k_begin);
@@ -315,11 +314,21 @@ FIVEDP_INLINE Ahead ahead_of(const Operand& operand, std::int64_t size, std::int
         const std::int64_t first_k = k_begin - piece.k_begin;
         const char* const* const rows = piece.rows;
         if (piece.outer_stride == size)
-            return {from, piece.k_stride, k_end - k_begin, outer_count * size,
-                    0,    rows != nullptr ? rows + first_k : nullptr, outer_begin * size};
+            return {from,
+                    piece.k_stride,
+                    k_end - k_begin,
+                    outer_count * size,
+                    0,
+                    rows != nullptr ? rows + first_k : nullptr,
+                    outer_begin * size};
         if (piece.k_stride == size)
-            return {from, piece.outer_stride, outer_count, (k_end - k_begin) * size,
-                    0,    rows != nullptr ? rows + outer_begin : nullptr, first_k * size};
+            return {from,
+                    piece.outer_stride,
+                    outer_count,
+                    (k_end - k_begin) * size,
+                    0,
+                    rows != nullptr ? rows + outer_begin : nullptr,
+                    first_k * size};
     }
     return nothing_ahead;
 }

@@ -77,8 +77,7 @@ FIVEDP_INLINE void rows_of_b(const Operand& b, std::int64_t batch, std::int64_t 
     for (std::int64_t p = 0; p < b.n_pieces; ++p) {
         const Piece& piece = b.pieces[p];
         const Overlap part = overlap(piece, k_begin, k_end);
-        for (std::int64_t k = part.begin; k < part.end; ++k)
-            rows[k - k_begin] = place_of(piece, batch, column, k);
+        for (std::int64_t k = part.begin; k < part.end; ++k) rows[k - k_begin] = place_of(piece, batch, column, k);
     }
     if ((k_end - k_begin) % E::unit_k != 0) rows[k_end - k_begin] = nullptr;
 }
