@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fivedp.layout.explain import explain
     from fivedp.layout.explain_attention import explain_attention
     from fivedp.ops.decode_attention import decode_attention
+    from fivedp.ops.grouped_matmul import grouped_matmul, grouped_matmul_backward
     from fivedp.ops.hybrid_attention import (
         hybrid_attention,
         hybrid_attention_backward,
@@ -40,6 +41,7 @@ _HOMES = {
     "fivedp.layout.explain": ("explain",),
     "fivedp.layout.explain_attention": ("explain_attention",),
     "fivedp.ops.decode_attention": ("decode_attention",),
+    "fivedp.ops.grouped_matmul": ("grouped_matmul", "grouped_matmul_backward"),
     "fivedp.ops.hybrid_attention": (
         "hybrid_attention",
         "hybrid_attention_backward",
@@ -67,6 +69,8 @@ __all__ = [
     "explain",
     "explain_attention",
     "gather",
+    "grouped_matmul",
+    "grouped_matmul_backward",
     "hybrid_attention",
     "hybrid_attention_backward",
     "ring_attention",
