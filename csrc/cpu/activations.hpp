@@ -1,9 +1,9 @@
 // The activations of an expert and their derivatives, on vectors. No lane influences another, and every operation is
 // exactly rounded or a fused multiply-add, so the bits are the same on every instruction set.
 //
-// Errors in units of the last place: exponential and sigmoid under 4, silu under 6, the normal distribution and gelu
-// under 8; gelu_tanh takes along the rounding of its argument, whose error is a few units times the argument. A factor
-// below the smallest normal number counts as 0.
+// Errors in units of the last place: exponential and sigmoid under 3, silu and gelu under 4, derivatives under 3 of 1;
+// gelu_tanh takes along the rounding of its argument, whose error is a few units times the argument. A factor below the
+// smallest normal number counts as 0.
 
 // exp(high + low) for high <= 0 and |low| tiny beside it. The argument is turned into units of log 2 with a remainder,
 // so that the error does not grow with it.
