@@ -7,6 +7,10 @@ The bound: with u the rounding of the type of sums, an element whose sum of size
 `size` is the sum that makes the element, of absolute values, each term times what a relative error u of everything that
 goes into its weight can make of it: exp turns an error u * |logit| of its argument into a relative one of the weight.
 So it is not nought where the element is nought by chance, and grows where the problem is ill-conditioned.
+
+Where the kernel multiplies pairs of bfloat16, the weights and the derivatives of the logits are rounded to bfloat16 as
+they become factors of a product: the plain computation does so too, and 2^-9 * size, what such a rounding may cost at
+most, comes on top.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from fivedp.kernels import attention as kernel
+from fivedp.kernels import gemm
 from fivedp.kernels.attention import Mask
 from fivedp.reference import attention_reference as oracle
 
@@ -42,6 +47,16 @@ class Case:
         """The same with q, k, v and d_out in the type of sums."""
         to = kernel.sum_type(self.q.dtype)
         return Case(self.q.astype(to), self.k.astype(to), self.v.astype(to), self.d_out.astype(to), self.mask)
+
+
+def in_pairs(dtype: Any) -> bool:
+    """Whether products of this type are products of pairs of bfloat16."""
+    return dtype == BF16 and "bf16" in gemm.isa()
+
+
+def as_factor(x: Array, narrow: Case) -> Array:
+    """Numbers of the type of sums as a product with the arrays of a case takes them."""
+    return x.astype(BF16).astype(x.dtype) if in_pairs(narrow.q.dtype) else x
 
 
 def places(n: int, begin: int = 0) -> Array:
@@ -172,18 +187,24 @@ def _plain_logits(case: Case) -> tuple[Array, Array]:
     return np.where(oracle.seen(mask), x, dtype(-np.inf)), slope
 
 
-def plain_forward(narrow: Case) -> tuple[Array, Array]:
-    """What NumPy makes of the formula in the type of sums, the output rounded once at the end."""
+def plain_sums(narrow: Case) -> tuple[Array, Array]:
+    """Output and lse as NumPy makes them of the formula in the type of sums."""
     case = narrow.wide
     logits, _ = _plain_logits(case)
     top = logits.max(axis=-1, initial=-np.inf)
     safe = np.where(np.isneginf(top), 0, top)
     weights = np.exp(logits - safe[..., None])
     total = weights.sum(axis=-1)
-    out = np.matmul(weights, _heads(case.v, case.q.shape[2] // case.k.shape[2]))
+    out = np.matmul(as_factor(weights, narrow), _heads(case.v, case.q.shape[2] // case.k.shape[2]))
     out = out / np.where(total == 0, 1, total)[..., None]
     with np.errstate(divide="ignore"):
-        return _tokens(out).astype(narrow.q.dtype), safe + np.log(total)
+        return _tokens(out), safe + np.log(total)
+
+
+def plain_forward(narrow: Case) -> tuple[Array, Array]:
+    """The same, the output rounded once at the end."""
+    out, lse = plain_sums(narrow)
+    return out.astype(narrow.q.dtype), lse
 
 
 def plain_backward(narrow: Case, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
@@ -194,7 +215,8 @@ def plain_backward(narrow: Case, lse: Array, delta: Array) -> tuple[Array, Array
     weights = np.exp(logits - np.where(np.isneginf(lse), np.inf, lse)[..., None])
     gradient = _heads(case.d_out)
     d_weights = np.matmul(gradient, _heads(case.v, group).swapaxes(-1, -2))
-    d_logits = weights * (d_weights - delta[..., None]) * slope
+    d_logits = as_factor(weights * (d_weights - delta[..., None]) * slope, narrow)
+    weights = as_factor(weights, narrow)
     d_q = np.matmul(d_logits, _heads(case.k, group))
     d_k = np.matmul(d_logits.swapaxes(-1, -2), _heads(case.q))
     d_v = np.matmul(weights.swapaxes(-1, -2), gradient)
@@ -269,8 +291,9 @@ def check_values(case: Case, borders: list[int] | None = None) -> None:
 
     found, usual = forward(case, borders), plain_forward(case)
     once_more = 2.0**-9 if q.dtype == BF16 else 0.0
+    of_factors = 2.0**-9 if in_pairs(q.dtype) else 0.0
     assert found[0].dtype == q.dtype
-    assert_as_exact("out", found[0], usual[0], right.out, size["out"], allowance + once_more)
+    assert_as_exact("out", found[0], usual[0], right.out, size["out"], allowance + once_more + of_factors)
     assert_as_exact("lse", found[1], usual[1], right.lse, size["lse"], allowance)
 
     lse = right.lse.astype(to)
@@ -278,7 +301,7 @@ def check_values(case: Case, borders: list[int] | None = None) -> None:
     rights = oracle.attention_backward(d_out, q, k, v, mask)
     results, usuals = backward(case, lse, delta, k_borders=borders), plain_backward(case, lse, delta)
     for name, found_d, usual_d, right_d in zip(("d_q", "d_k", "d_v"), results, usuals, rights, strict=True):
-        assert_as_exact(name, found_d, usual_d, right_d, size[name], allowance)
+        assert_as_exact(name, found_d, usual_d, right_d, size[name], allowance + of_factors)
 
 
 def check_step(
@@ -305,6 +328,8 @@ def check_step(
     allowance = (ULPS + roundings) * (2.0**-24 if to == np.float32 else 2 * 2.0**-53)
     # The output in 16 bits is rounded once; a gradient itself, and by way of the output that delta is made of.
     narrow = {"out": 1, "lse": 0, "d_q": 2, "d_k": 2, "d_v": 2}
+    if in_pairs(case.q.dtype):  # and so are the factors: the weights, and in a gradient d_logits and what made delta
+        narrow = {"out": 2, "lse": 0, "d_q": 4, "d_k": 4, "d_v": 4}
     for (name, times), x, usual, exact in zip(narrow.items(), found, plain, rights, strict=False):
         chosen = keys if name in ("d_k", "d_v") else rows
         axis = 2 if name == "lse" else 1

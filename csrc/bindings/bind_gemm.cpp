@@ -1,5 +1,4 @@
 // gemm and tree_sum on NumPy arrays: arguments are checked here, then the GIL is released for the arithmetic.
-// bfloat16 arrives as a view of uint16, which no other argument here can be.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/arguments.hpp"
 #include "common/check.hpp"
 #include "common/thread_pool.hpp"
 #include "cpu/dispatch.hpp"
@@ -16,26 +16,6 @@ namespace py = pybind11;
 
 namespace fivedp {
 namespace {
-
-constexpr std::int64_t default_shards = 8;
-
-const char* name_of(ElementType type) {
-    return type == ElementType::f32 ? "float32" : type == ElementType::f64 ? "float64" : "bfloat16";
-}
-
-ElementType type_of(const py::array& array, const char* who, const char* argument) {
-    const py::dtype dtype = array.dtype();
-    const char kind = dtype.kind();
-    const auto size = dtype.itemsize();
-    const char order = dtype.byteorder();
-    if (order == '=' || order == '|') {
-        if (kind == 'f' && size == 4) return ElementType::f32;
-        if (kind == 'f' && size == 8) return ElementType::f64;
-        if (kind == 'u' && size == 2) return ElementType::bf16;
-    }
-    throw py::type_error(std::string(who) + ": " + argument + " is " + py::str(dtype).cast<std::string>() +
-                         "; float32, float64 or bfloat16 in the machine's byte order would be right");
-}
 
 struct Shape {
     std::int64_t batch, rows, cols;
@@ -116,13 +96,12 @@ OperandArgument read_operand(const py::handle& argument, const char* name, bool 
     return operand;
 }
 
-// Borders of the virtual shards: numpy.array_split(K, 8), or as given.
+// Borders of the virtual shards: the default ones, or as given.
 std::vector<std::int64_t> read_cuts(const py::object& cuts, std::int64_t k) {
     std::vector<std::int64_t> borders;
     if (cuts.is_none()) {
         borders.resize(default_shards + 1);
-        for (std::int64_t shard = 0; shard <= default_shards; ++shard)
-            borders[shard] = shard * (k / default_shards) + std::min(shard, k % default_shards);
+        default_cuts(k, borders.data());
         return borders;
     }
     for (const py::handle cut : cuts) borders.push_back(cut.cast<std::int64_t>());
@@ -174,25 +153,12 @@ void gemm(const py::object& a_pieces, const py::object& b_pieces, py::array c, c
     problem.alpha = alpha;
     problem.beta = beta;
 
-    std::exception_ptr raised;
-    std::function<bool()> call_progress;
-    if (!progress.is_none()) {
-        call_progress = [&] {
-            py::gil_scoped_acquire gil;
-            try {
-                progress();
-                return true;
-            } catch (...) {
-                raised = std::current_exception();
-                return false;
-            }
-        };
-    }
+    const ProgressCall call(progress);
     {
         py::gil_scoped_release no_gil;
-        run_gemm(request, call_progress);
+        run_gemm(request, call.function());
     }
-    if (raised) std::rethrow_exception(raised);
+    call.rethrow();
 }
 
 void tree_sum(const py::sequence& partials, const std::vector<std::pair<std::int64_t, std::int64_t>>& spans,

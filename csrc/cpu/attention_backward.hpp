@@ -12,56 +12,70 @@
 // FLOPs: 2 (3 size + 2 v_size) a visible pair and head. d_q, d_k and d_v are of the type of sums and are added to: d_q
 // gets the sums of key tiles in rising order, d_k and d_v those of query tiles in rising order, counted from the start
 // of a range. So ranges of one key head come one after the other, never at the same time.
+//
+// Where units are pairs of bfloat16, weights and d_logits are rounded to it once each, as factors of the last three
+// products: in pairs of queries for d_k and d_v, in pairs of keys for d_q.
 
-template <class T>
+template <class E>
 struct BackwardScratch {
+    using T = typename E::Acc;
+    using Unit = typename E::Unit;
     std::int64_t rows, tiles;
-    // Of the range, tile by tile: (size, lanes), columns of rows, and a number for each lane.
-    T *queries, *gradients, *d_queries, *query_columns, *gradient_columns, *log_sum, *log_sum_rest, *delta;
+    // Of the range, tile by tile: (units of size, lanes), columns of rows, and a number for each lane.
+    Unit *queries, *gradients, *query_columns, *gradient_columns;
+    T *d_queries, *log_sum, *log_sum_rest, *delta;
     // Of a block, key tile by key tile: panels of keys and of features, and columns of rows.
-    T *key_panels, *key_feature_panels, *value_panels, *d_keys, *d_values;
-    T *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels, lanes and columns
+    Unit *key_panels, *key_feature_panels, *value_panels;
+    T *d_keys, *d_values;
+    Unit *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels, lanes and columns
+    T* rows_of_sums;
     T *weights, *d_logits;
+    Unit *weight_pairs, *d_logit_pairs;  // of these, where units are pairs
     QueryTile<T>* tile;
     KeyBlock<T>* block;
     std::int64_t bytes;
 };
 
-template <class T>
-FIVEDP_INLINE BackwardScratch<T> backward_scratch(const AttentionProblem& problem, std::int64_t rows, char* scratch) {
-    BackwardScratch<T> s;
+template <class E>
+FIVEDP_INLINE BackwardScratch<E> backward_scratch(const AttentionProblem& problem, std::int64_t rows, char* scratch) {
+    using T = typename E::Acc;
+    using Unit = typename E::Unit;
+    BackwardScratch<E> s;
     char* at = scratch;
-    const std::int64_t row_length = staged_length<T>(problem);
+    const std::int64_t row_length = staged_length(problem);
     s.rows = rows;
     s.tiles = (rows + query_tile - 1) / query_tile;
-    const std::int64_t all = s.tiles * query_tile;
-    s.queries = take<T>(at, all * problem.size);
-    s.gradients = take<T>(at, all * problem.v_size);
+    const std::int64_t all = s.tiles * query_tile, pairs = E::unit_k == 2 ? key_tile * query_tile / 2 : 0;
+    s.queries = take<Unit>(at, all * units<E>(problem.size));
+    s.gradients = take<Unit>(at, all * units<E>(problem.v_size));
     s.d_queries = take<T>(at, all * problem.size);
-    s.query_columns = take<T>(at, all * column_size<T>(problem.size));
-    s.gradient_columns = take<T>(at, all * column_size<T>(problem.v_size));
+    s.query_columns = take<Unit>(at, all / E::unit_k * column_size<T>(problem.size));
+    s.gradient_columns = take<Unit>(at, all / E::unit_k * column_size<T>(problem.v_size));
     s.log_sum = take<T>(at, all);
     s.log_sum_rest = take<T>(at, all);
     s.delta = take<T>(at, all);
-    s.key_panels = take<T>(at, 4 * key_panels_size<T>(problem.size) + slack<T>);
-    s.key_feature_panels = take<T>(at, 4 * feature_panels_size<T>(problem.size) + slack<T>);
-    s.value_panels = take<T>(at, 4 * key_panels_size<T>(problem.v_size) + slack<T>);
+    s.key_panels = take<Unit>(at, 4 * key_panels_size<E>(problem.size) + slack<T>);
+    s.key_feature_panels = take<Unit>(at, 4 * feature_panels_size<E>(problem.size) + slack<T>);
+    s.value_panels = take<Unit>(at, 4 * key_panels_size<E>(problem.v_size) + slack<T>);
     s.d_keys = take<T>(at, key_block * column_size<T>(problem.size));
     s.d_values = take<T>(at, key_block * column_size<T>(problem.v_size));
-    s.rows_of_keys = take<T>(at, key_tile * row_length + slack<T>);
-    s.rows_of_lanes = take<T>(at, query_tile * row_length);
-    s.transposed = take<T>(at, row_length * transposed_width + slack<T>);
+    s.rows_of_keys = take<Unit>(at, key_units<E> * row_length + slack<T>);
+    s.rows_of_lanes = take<Unit>(at, query_tile * row_length);
+    s.transposed = take<Unit>(at, units<E>(row_length) * transposed_width + slack<T>);
+    s.rows_of_sums = take<T>(at, query_tile * row_length);
     s.weights = take<T>(at, key_tile * query_tile);
     s.d_logits = take<T>(at, key_tile * query_tile);
+    s.weight_pairs = take<Unit>(at, pairs);
+    s.d_logit_pairs = take<Unit>(at, pairs);
     s.tile = take<QueryTile<T>>(at, s.tiles);
     s.block = take<KeyBlock<T>>(at, 1);
     s.bytes = at - scratch;
     return s;
 }
 
-template <class T>
+template <class E>
 FIVEDP_NOINLINE std::int64_t attention_backward_bytes(const AttentionProblem& problem, std::int64_t rows) {
-    return backward_scratch<T>(problem, rows, nullptr).bytes;
+    return backward_scratch<E>(problem, rows, nullptr).bytes;
 }
 
 // x log2(e) as a sum of two numbers: a weight is 2^(logit - log_sum), whose relative error is the absolute one of the
@@ -121,22 +135,23 @@ FIVEDP_INLINE T* gradient_row(const AttentionProblem& problem, const AttentionRa
 }
 
 // The panels of a block's keys and values, and the sums of their gradients so far.
-template <class T>
+template <class E>
 FIVEDP_INLINE void pack_block(const AttentionProblem& problem, const AttentionRange& range, std::int64_t first,
-                              std::int64_t row_length, const BackwardScratch<T>& s) {
+                              std::int64_t row_length, const BackwardScratch<E>& s) {
+    using T = typename E::Acc;
     const std::int64_t size = problem.size, v_size = problem.v_size;
     for (std::int64_t begin = 0; begin < s.block->count; begin += key_tile) {
         const std::int64_t k = begin / key_tile, left = s.block->count - begin;
         const std::int64_t count = left < key_tile ? left : key_tile;
-        stage_rows<T>(problem, problem.k, range.batch, range.kv_head, first + begin, count, size, s.rows_of_keys,
+        stage_keys<E>(problem, problem.k, range.batch, range.kv_head, first + begin, count, size, s.rows_of_keys,
                       row_length);
-        s.block->finite[k] = !has_nonfinite(s.rows_of_keys, count, size, row_length);
-        panels_of_features<T>(s.rows_of_keys, row_length, count, size,
-                              s.key_feature_panels + k * feature_panels_size<T>(size));
-        panels_of_keys<T>(problem, problem.k, range.batch, range.kv_head, first + begin, count, size, s.transposed,
-                          s.key_panels + k * key_panels_size<T>(size));
-        panels_of_keys<T>(problem, problem.v, range.batch, range.kv_head, first + begin, count, v_size, s.transposed,
-                          s.value_panels + k * key_panels_size<T>(v_size));
+        s.block->finite[k] = !has_nonfinite<E>(s.rows_of_keys, units<E>(count), size, row_length);
+        panels_of_features<E>(s.rows_of_keys, row_length, count, size,
+                              s.key_feature_panels + k * feature_panels_size<E>(size));
+        panels_of_keys<E>(problem, problem.k, range.batch, range.kv_head, first + begin, count, size, s.transposed,
+                          s.key_panels + k * key_panels_size<E>(size));
+        panels_of_keys<E>(problem, problem.v, range.batch, range.kv_head, first + begin, count, v_size, s.transposed,
+                          s.value_panels + k * key_panels_size<E>(v_size));
         for (std::int64_t j = 0; j < count; ++j) {
             to_columns<T>(gradient_row<T>(problem, range, problem.d_k, first + begin + j, size), j, size, key_tile,
                           s.d_keys + k * key_tile * column_size<T>(size));
@@ -146,36 +161,37 @@ FIVEDP_INLINE void pack_block(const AttentionProblem& problem, const AttentionRa
     }
 }
 
-template <class T>
+template <class E>
 FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const AttentionRange& range, char* scratch) {
+    using T = typename E::Acc;
+    using Unit = typename E::Unit;
     const std::int64_t group = problem.heads / problem.kv_heads;
     const std::int64_t rows = group * (range.query_end - range.query_begin);
-    const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length<T>(problem);
+    const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length(problem);
+    const std::int64_t depth = units<E>(size), v_depth = units<E>(v_size);
     const std::int64_t columns = column_size<T>(size), v_columns = column_size<T>(v_size);
-    const BackwardScratch<T> s = backward_scratch<T>(problem, rows, scratch);
+    const BackwardScratch<E> s = backward_scratch<E>(problem, rows, scratch);
     const TokenView d_q = sums_view<T>(problem, problem.d_q, size);
     const T* const all_log_sum = (const T*)problem.log_sum;
     const T* const all_delta = (const T*)problem.delta;
 
+    T scale[query_tile];  // logits are in units of log(2)
+    for (T& lane : scale) lane = (T)(problem.scale * log2_of_e);
     for (std::int64_t t = 0; t < s.tiles; ++t) {
-        const std::int64_t first = t * query_tile, left = rows - first;
+        const std::int64_t first = t * query_tile, left = rows - first, first_unit = first / E::unit_k;
         const std::int64_t in_tile = left < query_tile ? left : query_tile;
         QueryTile<T>& tile = s.tile[t];
         describe_tile<T>(problem, range, first, in_tile, tile);
-        to_lanes<T>(problem, problem.type, problem.q, size, range, first, in_tile, (T)(problem.scale * log2_of_e),
-                    s.rows_of_lanes, row_length, s.queries + first * size);
-        tile.finite = !has_nonfinite(s.rows_of_lanes, in_tile, size, row_length);
-        for (std::int64_t lane = 0; lane < in_tile; ++lane)
-            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, size, query_tile,
-                          s.query_columns + first * columns);
-        to_lanes<T>(problem, problem.type, problem.d_out, v_size, range, first, in_tile, T(1), s.rows_of_lanes,
-                    row_length, s.gradients + first * v_size);
-        tile.finite = tile.finite && !has_nonfinite(s.rows_of_lanes, in_tile, v_size, row_length);
-        for (std::int64_t lane = 0; lane < in_tile; ++lane)
-            to_columns<T>(s.rows_of_lanes + lane * row_length, lane, v_size, query_tile,
-                          s.gradient_columns + first * v_columns);
-        to_lanes<T>(problem, sums_type<T>, d_q, size, range, first, in_tile, T(1), s.rows_of_lanes, row_length,
-                    s.d_queries + first * size);
+        to_lanes<E>(problem, problem.type, problem.q, size, range, first, in_tile, scale[0], s.rows_of_lanes,
+                    row_length, s.queries + first * depth);
+        tile.finite = !has_nonfinite<E>(s.rows_of_lanes, in_tile, depth, row_length);
+        rows_to_columns<E>(s.rows_of_lanes, row_length, in_tile, size, s.query_columns + first_unit * columns);
+        to_lanes<E>(problem, problem.type, problem.d_out, v_size, range, first, in_tile, T(1), s.rows_of_lanes,
+                    row_length, s.gradients + first * v_depth);
+        tile.finite = tile.finite && !has_nonfinite<E>(s.rows_of_lanes, in_tile, v_depth, row_length);
+        rows_to_columns<E>(s.rows_of_lanes, row_length, in_tile, v_size, s.gradient_columns + first_unit * v_columns);
+        to_lanes<SumsEngine<T>>(problem, sums_type<T>, d_q, size, range, first, in_tile, T(1), s.rows_of_sums,
+                                row_length, s.d_queries + first * size);
         for (std::int64_t row = first; row < first + query_tile; ++row) {
             // 2^(logit - inf) is 0: for lanes without a row, and rows that see no key.
             s.log_sum[row] = __builtin_inf();
@@ -196,46 +212,50 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
         bool packed = false;
         for (std::int64_t t = 0; t < s.tiles; ++t) {
             const QueryTile<T>& tile = s.tile[t];
-            const std::int64_t row = t * query_tile;
-            const T* const query_columns = s.query_columns + row * columns;
-            const T* const gradient_columns = s.gradient_columns + row * v_columns;
+            const std::int64_t row = t * query_tile, row_unit = row / E::unit_k;
+            const Unit* const query_columns = s.query_columns + row_unit * columns;
+            const Unit* const gradient_columns = s.gradient_columns + row_unit * v_columns;
             T* const d_queries = s.d_queries + row * size;
             for (std::int64_t begin = 0; begin < block.count; begin += key_tile) {
                 const std::int64_t k = begin / key_tile;
                 const Sight seen = sight<IndexOf<T>>(problem, tile.span, block.span[k]);
                 if (seen == Sight::none) continue;
                 if (!packed) {
-                    pack_block<T>(problem, range, first, row_length, s);
+                    pack_block<E>(problem, range, first, row_length, s);
                     packed = true;
                 }
                 KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
                 if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
-                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size, keys.begin,
-                                keys.end, 0, size, s.queries + row * size, 0, size, s.weights, key_tile, End::store,
-                                nullptr);
-                lane_product<T>(tile.vectors, s.value_panels + k * key_panels_size<T>(v_size), panel_rows, v_size,
-                                keys.begin, keys.end, 0, v_size, s.gradients + row * v_size, 0, v_size, s.d_logits,
+                lane_product<E>(tile.vectors, s.key_panels + k * key_panels_size<E>(size), panel_rows, depth,
+                                keys.begin, keys.end, 0, depth, s.queries + row * depth, 0, depth, s.weights, key_tile,
+                                scaled_after<E> ? End::scale : End::store, scale);
+                lane_product<E>(tile.vectors, s.value_panels + k * key_panels_size<E>(v_size), panel_rows, v_depth,
+                                keys.begin, keys.end, 0, v_depth, s.gradients + row * v_depth, 0, v_depth, s.d_logits,
                                 key_tile, End::store, nullptr);
                 unweigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.d_logits, s.log_sum + row,
                            s.log_sum_rest + row, s.delta + row);
+                const Unit* const weights = along_lanes<E>(s.weights, keys, tile.rows, s.weight_pairs);
+                const Unit* d_logits = along_lanes<E>(s.d_logits, keys, tile.rows, s.d_logit_pairs);
                 T* const d_keys = s.d_keys + k * key_tile * columns;
                 T* const d_values = s.d_values + k * key_tile * v_columns;
                 if (seen == Sight::all || tile.finite) {
-                    column_product<T>(s.weights, keys.begin, keys.end, tile.rows, gradient_columns, v_size, d_values);
-                    column_product<T>(s.d_logits, keys.begin, keys.end, tile.rows, query_columns, size, d_keys);
+                    column_product<E>(weights, keys.begin, keys.end, tile.rows, gradient_columns, v_size, d_values);
+                    column_product<E>(d_logits, keys.begin, keys.end, tile.rows, query_columns, size, d_keys);
                 } else {
-                    add_visible_lanes<T>(problem, tile, block, begin, keys, s.weights, gradient_columns, v_size,
+                    add_visible_lanes<E>(problem, tile, block, begin, keys, weights, gradient_columns, v_size,
                                          d_values);
-                    add_visible_lanes<T>(problem, tile, block, begin, keys, s.d_logits, query_columns, size, d_keys);
+                    add_visible_lanes<E>(problem, tile, block, begin, keys, d_logits, query_columns, size, d_keys);
                 }
+                d_logits = along_keys<E>(s.d_logits, keys, tile.vectors, s.d_logit_pairs);
                 if (seen == Sight::all || block.finite[k]) {
-                    lane_product<T>(tile.vectors, s.key_feature_panels + k * feature_panels_size<T>(size),
-                                    feature_step(size), key_tile, 0, size, keys.begin, keys.end - keys.begin,
-                                    s.d_logits, keys.begin, key_tile, d_queries, size, End::add, nullptr);
+                    const std::int64_t unit = keys.begin / E::unit_k;
+                    lane_product<E>(tile.vectors, s.key_feature_panels + k * feature_panels_size<E>(size),
+                                    feature_step(size), key_units<E>, 0, size, unit, units<E>(keys.end) - unit,
+                                    d_logits, unit, key_units<E>, d_queries, size, End::add, nullptr);
                 } else {
-                    stage_rows<T>(problem, problem.k, range.batch, range.kv_head, first + begin, keys.end, size,
+                    stage_keys<E>(problem, problem.k, range.batch, range.kv_head, first + begin, keys.end, size,
                                   s.rows_of_keys, row_length);
-                    add_visible_keys<T>(problem, tile, block, begin, keys, s.d_logits, s.rows_of_keys, row_length, size,
+                    add_visible_keys<E>(problem, tile, block, begin, keys, d_logits, s.rows_of_keys, row_length, size,
                                         nullptr, d_queries);
                 }
             }
@@ -253,6 +273,6 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
     for (std::int64_t first = 0; first < rows; first += query_tile) {
         const std::int64_t left = rows - first;
         from_lanes<T>(problem, d_q, size, range, first, left < query_tile ? left : query_tile,
-                      s.d_queries + first * size, s.rows_of_lanes, row_length);
+                      s.d_queries + first * size, s.rows_of_sums, row_length);
     }
 }

@@ -36,7 +36,10 @@ char* scratch(std::int64_t bytes) {
 }
 
 const AttentionKernel& kernel_of(const AttentionProblem& problem) {
-    return problem.type == ElementType::f64 ? kernels().attention_f64 : kernels().attention_f32;
+    const KernelTable& table = kernels();
+    return problem.type == ElementType::f64    ? table.attention_f64
+           : problem.type == ElementType::bf16 ? table.attention_bf16
+                                               : table.attention_f32;
 }
 
 // Queries of a range: about as many ranges as `limit` query rows each ask for, of equal size, each beginning at a whole

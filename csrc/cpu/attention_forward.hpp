@@ -12,15 +12,23 @@
 // `forward_rows` rows), q and the state once per call. The state is not normalised, so that a call takes up where
 // another one stopped (a ring's next hop) and nothing is rounded between them.
 //
+// Where units are pairs of bfloat16, the weights are rounded to it as factors of the second product. Their total is the
+// sum of the weights before that, and all sums are float32.
+//
 // The online softmax is that of Milakov and Gimelshein (2018), in blocks as in FlashAttention (Dao et al., 2022).
 
-template <class T>
+template <class E>
 struct ForwardScratch {
+    using T = typename E::Acc;
+    using Unit = typename E::Unit;
     std::int64_t rows, tiles;
-    T *queries, *output, *highest, *total;         // of the range: (tiles, size, lanes) twice, (tiles, lanes) twice
-    T *key_panels, *value_panels;                  // of a block: of its key tiles, one after the other
-    T *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels and lanes
+    Unit* queries;                                    // of the range: (tiles, units of size, lanes)
+    T *output, *highest, *total;                      // likewise: (tiles, v_size, lanes), and (tiles, lanes) twice
+    Unit *key_panels, *value_panels;                  // of a block: of its key tiles, one after the other
+    Unit *rows_of_keys, *rows_of_lanes, *transposed;  // on the way to panels and lanes
+    T* rows_of_sums;
     T* weights;
+    Unit* pairs;  // of weights, where units are pairs
     QueryTile<T>* tile;
     KeyBlock<T>* block;
     std::int64_t bytes;
@@ -33,29 +41,27 @@ FIVEDP_INLINE T* take(char*& at, std::int64_t count) {
     return here;
 }
 
-// From one staged row to the next: a multiple of 8, for they are transposed 8 x 8.
-template <class T>
-FIVEDP_INLINE std::int64_t staged_length(const AttentionProblem& problem) {
-    return round_up(problem.size > problem.v_size ? problem.size : problem.v_size, 8);
-}
-
-template <class T>
-FIVEDP_INLINE ForwardScratch<T> forward_scratch(const AttentionProblem& problem, std::int64_t rows, char* scratch) {
-    ForwardScratch<T> s;
+template <class E>
+FIVEDP_INLINE ForwardScratch<E> forward_scratch(const AttentionProblem& problem, std::int64_t rows, char* scratch) {
+    using T = typename E::Acc;
+    using Unit = typename E::Unit;
+    ForwardScratch<E> s;
     char* at = scratch;
-    const std::int64_t row_length = staged_length<T>(problem);
+    const std::int64_t row_length = staged_length(problem);
     s.rows = rows;
     s.tiles = (rows + query_tile - 1) / query_tile;
-    s.queries = take<T>(at, s.tiles * problem.size * query_tile);
+    s.queries = take<Unit>(at, s.tiles * units<E>(problem.size) * query_tile);
     s.output = take<T>(at, s.tiles * problem.v_size * query_tile);
     s.highest = take<T>(at, s.tiles * query_tile);
     s.total = take<T>(at, s.tiles * query_tile);
-    s.key_panels = take<T>(at, 4 * key_panels_size<T>(problem.size) + slack<T>);
-    s.value_panels = take<T>(at, 4 * feature_panels_size<T>(problem.v_size) + slack<T>);
-    s.rows_of_keys = take<T>(at, key_tile * row_length + slack<T>);
-    s.rows_of_lanes = take<T>(at, query_tile * row_length);
-    s.transposed = take<T>(at, problem.size * transposed_width + slack<T>);
+    s.key_panels = take<Unit>(at, 4 * key_panels_size<E>(problem.size) + slack<T>);
+    s.value_panels = take<Unit>(at, 4 * feature_panels_size<E>(problem.v_size) + slack<T>);
+    s.rows_of_keys = take<Unit>(at, key_units<E> * row_length + slack<T>);
+    s.rows_of_lanes = take<Unit>(at, query_tile * row_length);
+    s.transposed = take<Unit>(at, units<E>(problem.size) * transposed_width + slack<T>);
+    s.rows_of_sums = take<T>(at, query_tile * row_length);
     s.weights = take<T>(at, key_tile * query_tile);
+    s.pairs = take<Unit>(at, E::unit_k == 2 ? key_units<E> * query_tile : 0);
     s.tile = take<QueryTile<T>>(at, s.tiles);
     s.block = take<KeyBlock<T>>(at, 1);
     s.bytes = at - scratch;
@@ -65,75 +71,25 @@ FIVEDP_INLINE ForwardScratch<T> forward_scratch(const AttentionProblem& problem,
 // Query rows of a range. Keys are packed once for each range; what the backward keeps of a range should stay in cache.
 static constexpr std::int64_t forward_rows = 1152, backward_rows = 576;
 
-template <class T>
+template <class E>
 FIVEDP_NOINLINE std::int64_t attention_forward_bytes(const AttentionProblem& problem, std::int64_t rows) {
-    return forward_scratch<T>(problem, rows, nullptr).bytes;
+    return forward_scratch<E>(problem, rows, nullptr).bytes;
 }
-
-// Rows [first, first + rows) of a range as (size, lanes), scaled; lanes without a row are zero. `staged` is left with
-// the rows as they are, `row_length` apart.
-template <class T>
-FIVEDP_INLINE void to_lanes(const AttentionProblem& problem, ElementType type, const TokenView& view, std::int64_t size,
-                            const AttentionRange& range, std::int64_t first, std::int64_t rows, T scale, T* staged,
-                            std::int64_t row_length, T* to) {
-    for (std::int64_t r = 0; r < rows; ++r) {
-        const RowAt at = row_at(problem, range, first + r);
-        widen_row_as<T>(
-            type,
-            view.data + range.batch * view.batch_stride + at.query * view.token_stride + at.head * view.head_stride,
-            size, staged + r * row_length, size);
-    }
-    constexpr std::int64_t width = group_lanes<T>;
-    for (std::int64_t lane = 0; lane < query_tile; lane += width) {
-        const std::int64_t left = rows - lane;
-        transpose_rows<T>(staged + lane * row_length, row_length,
-                          left < 0       ? 0
-                          : left < width ? left
-                                         : width,
-                          size, to + lane * size, width, scale);
-    }
-}
-
-// And back: (size, lanes) to rows, of the type of sums.
-template <class T>
-FIVEDP_INLINE void from_lanes(const AttentionProblem& problem, const TokenView& view, std::int64_t size,
-                              const AttentionRange& range, std::int64_t first, std::int64_t rows, const T* lanes_of,
-                              T* staged, std::int64_t row_length) {
-    constexpr std::int64_t width = group_lanes<T>;
-    for (std::int64_t lane = 0; lane < query_tile; lane += width)
-        transpose<T, T>((const char*)(lanes_of + lane * size), width * (std::int64_t)sizeof(T), size, width,
-                        staged + lane * row_length, row_length);
-    for (std::int64_t r = 0; r < rows; ++r) {
-        const RowAt at = row_at(problem, range, first + r);
-        T* const to = (T*)(view.data + range.batch * view.batch_stride + at.query * view.token_stride +
-                           at.head * view.head_stride);
-        for (std::int64_t i = 0; i < size; ++i) to[i] = staged[r * row_length + i];
-    }
-}
-
-// (batch, queries, heads, size) contiguous, of the type of sums.
-template <class T>
-FIVEDP_INLINE TokenView sums_view(const AttentionProblem& problem, void* data, std::int64_t size) {
-    const std::int64_t head = size * (std::int64_t)sizeof(T), token = problem.heads * head;
-    return {(char*)data, problem.n_queries * token, token, head};
-}
-template <class T>
-static constexpr ElementType sums_type = sizeof(T) == 8 ? ElementType::f64 : ElementType::f32;
 
 // The panels of a block's keys and values.
-template <class T>
+template <class E>
 FIVEDP_INLINE void pack_block(const AttentionProblem& problem, const AttentionRange& range, std::int64_t first,
-                              std::int64_t row_length, const ForwardScratch<T>& s) {
+                              std::int64_t row_length, const ForwardScratch<E>& s) {
     for (std::int64_t begin = 0; begin < s.block->count; begin += key_tile) {
         const std::int64_t k = begin / key_tile, left = s.block->count - begin;
         const std::int64_t count = left < key_tile ? left : key_tile;
-        panels_of_keys<T>(problem, problem.k, range.batch, range.kv_head, first + begin, count, problem.size,
-                          s.transposed, s.key_panels + k * key_panels_size<T>(problem.size));
-        stage_rows<T>(problem, problem.v, range.batch, range.kv_head, first + begin, count, problem.v_size,
+        panels_of_keys<E>(problem, problem.k, range.batch, range.kv_head, first + begin, count, problem.size,
+                          s.transposed, s.key_panels + k * key_panels_size<E>(problem.size));
+        stage_keys<E>(problem, problem.v, range.batch, range.kv_head, first + begin, count, problem.v_size,
                       s.rows_of_keys, row_length);
-        s.block->finite[k] = !has_nonfinite(s.rows_of_keys, count, problem.v_size, row_length);
-        panels_of_features<T>(s.rows_of_keys, row_length, count, problem.v_size,
-                              s.value_panels + k * feature_panels_size<T>(problem.v_size));
+        s.block->finite[k] = !has_nonfinite<E>(s.rows_of_keys, units<E>(count), problem.v_size, row_length);
+        panels_of_features<E>(s.rows_of_keys, row_length, count, problem.v_size,
+                              s.value_panels + k * feature_panels_size<E>(problem.v_size));
     }
 }
 
@@ -175,13 +131,14 @@ FIVEDP_INLINE bool weigh(const AttentionProblem& problem, const QueryTile<T>& ti
     return rescale;
 }
 
-template <class T>
+template <class E>
 FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const AttentionRange& range, char* scratch) {
+    using T = typename E::Acc;
     const std::int64_t group = problem.heads / problem.kv_heads;
     const std::int64_t rows = group * (range.query_end - range.query_begin);
-    const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length<T>(problem);
-    const std::int64_t v_step = feature_step(v_size);
-    const ForwardScratch<T> s = forward_scratch<T>(problem, rows, scratch);
+    const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length(problem);
+    const std::int64_t depth = units<E>(size), v_step = feature_step(v_size);
+    const ForwardScratch<E> s = forward_scratch<E>(problem, rows, scratch);
     const TokenView state = sums_view<T>(problem, problem.output, v_size);
     T* const all_highest = (T*)problem.highest;
     T* const all_total = (T*)problem.total;
@@ -190,14 +147,16 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
         return (range.batch * problem.heads + at.head) * problem.n_queries + at.query;
     };
 
+    T scale[query_tile];  // logits are in units of log(2)
+    for (T& lane : scale) lane = (T)(problem.scale * log2_of_e);
     for (std::int64_t t = 0; t < s.tiles; ++t) {
         const std::int64_t first = t * query_tile, left = rows - first;
         const std::int64_t in_tile = left < query_tile ? left : query_tile;
         describe_tile<T>(problem, range, first, in_tile, s.tile[t]);
-        to_lanes<T>(problem, problem.type, problem.q, size, range, first, in_tile, (T)(problem.scale * log2_of_e),
-                    s.rows_of_lanes, row_length, s.queries + first * size);
-        to_lanes<T>(problem, sums_type<T>, state, v_size, range, first, in_tile, T(1), s.rows_of_lanes, row_length,
-                    s.output + first * v_size);
+        to_lanes<E>(problem, problem.type, problem.q, size, range, first, in_tile, scale[0], s.rows_of_lanes,
+                    row_length, s.queries + first * depth);
+        to_lanes<SumsEngine<T>>(problem, sums_type<T>, state, v_size, range, first, in_tile, T(1), s.rows_of_sums,
+                                row_length, s.output + first * v_size);
         for (std::int64_t row = first; row < first + query_tile; ++row) {
             s.highest[row] = row < rows ? all_highest[flat(row)] : (T)-__builtin_inf();
             s.total[row] = row < rows ? all_total[flat(row)] : T(0);
@@ -218,26 +177,28 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
                 const Sight seen = sight<IndexOf<T>>(problem, tile.span, block.span[k]);
                 if (seen == Sight::none) continue;
                 if (!packed) {  // blocks that no query sees are not even read
-                    pack_block<T>(problem, range, first, row_length, s);
+                    pack_block<E>(problem, range, first, row_length, s);
                     packed = true;
                 }
                 KeyRange keys = {0, block.count - begin < key_tile ? block.count - begin : key_tile};
                 if (seen == Sight::some) keys = seen_keys<T>(problem, tile, block, begin, keys.end);
-                lane_product<T>(tile.vectors, s.key_panels + k * key_panels_size<T>(size), panel_rows, size, keys.begin,
-                                keys.end, 0, size, s.queries + row * size, 0, size, s.weights, key_tile, End::store,
-                                nullptr);
+                lane_product<E>(tile.vectors, s.key_panels + k * key_panels_size<E>(size), panel_rows, depth,
+                                keys.begin, keys.end, 0, depth, s.queries + row * depth, 0, depth, s.weights, key_tile,
+                                scaled_after<E> ? End::scale : End::store, scale);
                 T factor[query_tile];
                 const bool rescale = weigh<T>(problem, tile, block, begin, keys, seen, s.weights, s.highest + row,
                                               s.total + row, factor);
+                const typename E::Unit* const weights = along_keys<E>(s.weights, keys, tile.vectors, s.pairs);
                 if (seen == Sight::all || block.finite[k]) {
-                    lane_product<T>(tile.vectors, s.value_panels + k * feature_panels_size<T>(v_size), v_step, key_tile,
-                                    0, v_size, keys.begin, keys.end - keys.begin, s.weights, keys.begin, key_tile,
-                                    output, v_size, rescale ? End::scale_and_add : End::add, factor);
+                    const std::int64_t unit = keys.begin / E::unit_k;
+                    lane_product<E>(tile.vectors, s.value_panels + k * feature_panels_size<E>(v_size), v_step,
+                                    key_units<E>, 0, v_size, unit, units<E>(keys.end) - unit, weights, unit,
+                                    key_units<E>, output, v_size, rescale ? End::scale_and_add : End::add, factor);
                 } else {
-                    stage_rows<T>(problem, problem.v, range.batch, range.kv_head, first + begin, keys.end, v_size,
+                    stage_keys<E>(problem, problem.v, range.batch, range.kv_head, first + begin, keys.end, v_size,
                                   s.rows_of_keys, row_length);
-                    add_visible_keys<T>(problem, tile, block, begin, keys, s.weights, s.rows_of_keys, row_length,
-                                        v_size, rescale ? factor : nullptr, output);
+                    add_visible_keys<E>(problem, tile, block, begin, keys, weights, s.rows_of_keys, row_length, v_size,
+                                        rescale ? factor : nullptr, output);
                 }
             }
         }
@@ -246,7 +207,7 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
     for (std::int64_t first = 0; first < rows; first += query_tile) {
         const std::int64_t left = rows - first;
         from_lanes<T>(problem, state, v_size, range, first, left < query_tile ? left : query_tile,
-                      s.output + first * v_size, s.rows_of_lanes, row_length);
+                      s.output + first * v_size, s.rows_of_sums, row_length);
     }
     for (std::int64_t row = 0; row < rows; ++row) {
         all_highest[flat(row)] = s.highest[row];

@@ -37,10 +37,15 @@ struct Pass {
 };
 
 // One piece of an operand: k_begin <= k < k_end of the whole; `outer` is m for A and n for B. Strides in bytes.
+//
+// The rows of a piece may also lie anywhere: `rows` then points to one pointer for each, packing gathers them, and
+// `data` is not read. One of the strides is the element's size, along the rows; the other, which is not used, is 0,
+// and its index, counted from 0 for outer and from k_begin for k, chooses the row. There is no batch then.
 struct Piece {
     const char* data;
     std::int64_t k_begin, k_end;
     std::int64_t outer_stride, k_stride, batch_stride;
+    const char* const* rows = nullptr;
 };
 
 struct Operand {

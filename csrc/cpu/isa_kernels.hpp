@@ -18,8 +18,10 @@
 #endif
 
 #include "cpu/attention_problem.hpp"
+#include "cpu/experts_problem.hpp"
 #include "cpu/gemm_problem.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/routing_problem.hpp"
 
 // Room for k in a packed row or panel.
 #ifndef FIVEDP_PASS_K
@@ -42,11 +44,21 @@ namespace {
 // (attention)
 #include "cpu/vec_math.hpp"
 // (in this order)
+#include "cpu/attention_products.hpp"
+// (in this order)
+#include "cpu/attention_rows.hpp"
+// (in this order)
 #include "cpu/attention_tiles.hpp"
 // (in this order)
 #include "cpu/attention_forward.hpp"
 // (in this order)
 #include "cpu/attention_backward.hpp"
+// (routing)
+#include "cpu/routing.hpp"
+// (experts)
+#include "cpu/activations.hpp"
+// (in this order)
+#include "cpu/experts.hpp"
 
 template <class E>
 constexpr GemmKernel gemm_kernel() {
@@ -62,20 +74,28 @@ constexpr GemmKernel gemm_kernel() {
             &stream_block<E>};
 }
 
-template <class T>
+template <class E>
 constexpr AttentionKernel attention_kernel() {
     return {forward_rows,
             backward_rows,
-            &attention_forward_bytes<T>,
-            &attention_forward<T>,
-            &attention_backward_bytes<T>,
-            &attention_backward<T>};
+            &attention_forward_bytes<E>,
+            &attention_forward<E>,
+            &attention_backward_bytes<E>,
+            &attention_backward<E>};
 }
 
+template <class T>
+constexpr RoutingKernel routing_kernel() {
+    return {routing_lanes<T>, &routing_scratch_bytes<T>, &routing_forward<T>, &routing_backward<T>};
+}
+
+// Attention's kernel of float32 widens bfloat16 as it packs it.
 #ifdef FIVEDP_BF16_PAIRS
 using Bf16Engine = Bf16PairsEngine;
+using Bf16AttentionEngine = Bf16PairsEngine;
 #else
 using Bf16Engine = Bf16WidenedEngine;
+using Bf16AttentionEngine = F32Engine;
 #endif
 
 }  // namespace
@@ -89,8 +109,12 @@ constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA),
                                gemm_kernel<F64Engine>(),
                                gemm_kernel<Bf16Engine>(),
                                &tree_sum,
-                               attention_kernel<float>(),
-                               attention_kernel<double>()};
+                               attention_kernel<F32Engine>(),
+                               attention_kernel<F64Engine>(),
+                               attention_kernel<Bf16AttentionEngine>(),
+                               routing_kernel<float>(),
+                               routing_kernel<double>(),
+                               {&activate, &activation_gradient, &combine, &weighted_rows, &row_dots}};
 
 }  // namespace FIVEDP_ISA
 }  // namespace fivedp

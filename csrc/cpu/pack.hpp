@@ -5,6 +5,19 @@
 //
 // Three ways, by the source's strides: contiguous along the packed direction (copy), contiguous across it (transposed
 // in registers, 8 x 8), or any strides (element by element). Sources are read where they lie and may be unaligned.
+// Where they are contiguous one way, their rows may lie anywhere (see Piece): each is then looked up in a table.
+
+// Where the rows of a source begin: at a stride, or wherever a table of them says.
+struct StridedRows {
+    const char* first;
+    std::int64_t stride;
+    FIVEDP_INLINE const char* at(const StridedRows& rows, std::int64_t i) { return rows.first + i * rows.stride; }
+};
+struct GatheredRows {
+    const char* const* row;
+    std::int64_t offset;  // in bytes, from the beginning of each row
+    FIVEDP_INLINE const char* at(const GatheredRows& rows, std::int64_t i) { return rows.row[i] + rows.offset; }
+};
 
 // to[column * to_stride + row] = from[row * from_stride (bytes) + column]
 template <class T, class Source>
@@ -37,11 +50,12 @@ FIVEDP_INLINE Float8 load_float8(const char* from) {
 }
 
 // Swaps ever smaller off-diagonal blocks: 4 x 4, 2 x 2, 1 x 1.
-template <class Source>
-FIVEDP_INLINE void transpose_square(const char* from, std::int64_t from_row, float* to, std::int64_t to_stride) {
+template <class Source, class Rows>
+FIVEDP_INLINE void transpose_square(const Rows& from, std::int64_t row, std::int64_t at, float* to,
+                                    std::int64_t to_stride) {
     Float8 x[8], y[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) x[i] = load_float8<Source>(from + i * from_row);
+    for (int i = 0; i < 8; ++i) x[i] = load_float8<Source>(Rows::at(from, row + i) + at);
 #pragma GCC unroll 8
     for (int i = 0; i < 4; ++i) {
         y[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
@@ -61,11 +75,12 @@ FIVEDP_INLINE void transpose_square(const char* from, std::int64_t from_row, flo
     }
 }
 
-template <class Source>
-FIVEDP_INLINE void transpose_square(const char* from, std::int64_t from_row, double* to, std::int64_t to_stride) {
+template <class Source, class Rows>
+FIVEDP_INLINE void transpose_square(const Rows& from, std::int64_t row, std::int64_t at, double* to,
+                                    std::int64_t to_stride) {
     Double4 x[4], y[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) x[i] = load<Double4>(from + i * from_row);
+    for (int i = 0; i < 4; ++i) x[i] = load<Double4>(Rows::at(from, row + i) + at);
 #pragma GCC unroll 4
     for (int i = 0; i < 2; ++i) {
         y[i] = __builtin_shufflevector(x[i], x[i + 2], 0, 1, 4, 5);
@@ -79,11 +94,18 @@ FIVEDP_INLINE void transpose_square(const char* from, std::int64_t from_row, dou
 }
 #endif
 
-// `from` is contiguous along its columns.
-template <class T, class Source>
-FIVEDP_INLINE void transpose(const char* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, T* to,
-                             std::int64_t to_stride) {
-    constexpr std::int64_t size = sizeof(Source);
+// to[column * to_stride + row] = from(row)[column]; each row is contiguous.
+template <class T, class Source, class Rows>
+FIVEDP_INLINE void transpose_edge(const Rows& from, std::int64_t row_begin, std::int64_t row_end,
+                                  std::int64_t column_begin, std::int64_t column_end, T* to, std::int64_t to_stride) {
+    for (std::int64_t column = column_begin; column < column_end; ++column)
+        for (std::int64_t row = row_begin; row < row_end; ++row)
+            to[column * to_stride + row] =
+                element<T, Source>(Rows::at(from, row) + column * (std::int64_t)sizeof(Source));
+}
+
+template <class T, class Source, class Rows>
+FIVEDP_INLINE void transpose(const Rows& from, std::int64_t rows, std::int64_t columns, T* to, std::int64_t to_stride) {
 #ifdef FIVEDP_TRANSPOSE
     if constexpr (sizeof(T) == 8 || sizeof(T) == 4) {
         using Lane = std::conditional_t<sizeof(T) == 8, double, float>;
@@ -91,16 +113,20 @@ FIVEDP_INLINE void transpose(const char* from, std::int64_t from_row, std::int64
         const std::int64_t square_rows = rows / side * side, square_columns = columns / side * side;
         for (std::int64_t row = 0; row < square_rows; row += side)
             for (std::int64_t column = 0; column < square_columns; column += side)
-                transpose_square<Source>(from + row * from_row + column * size, from_row,
+                transpose_square<Source>(from, row, column * (std::int64_t)sizeof(Source),
                                          (Lane*)(to + column * to_stride + row), to_stride);
-        transpose_any<T, Source>(from + square_columns * size, from_row, size, square_rows, columns - square_columns,
-                                 to + square_columns * to_stride, to_stride);
-        transpose_any<T, Source>(from + square_rows * from_row, from_row, size, rows - square_rows, columns,
-                                 to + square_rows, to_stride);
+        transpose_edge<T, Source>(from, 0, square_rows, square_columns, columns, to, to_stride);
+        transpose_edge<T, Source>(from, square_rows, rows, 0, columns, to, to_stride);
         return;
     }
 #endif
-    transpose_any<T, Source>(from, from_row, size, rows, columns, to, to_stride);
+    transpose_edge<T, Source>(from, 0, rows, 0, columns, to, to_stride);
+}
+
+template <class T, class Source>
+FIVEDP_INLINE void transpose(const char* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, T* to,
+                             std::int64_t to_stride) {
+    transpose<T, Source>(StridedRows{from, from_row}, rows, columns, to, to_stride);
 }
 
 // The part of a piece that lies between two k.
@@ -111,6 +137,27 @@ FIVEDP_INLINE Overlap overlap(const Piece& piece, std::int64_t k_begin, std::int
     return {piece.k_begin > k_begin ? piece.k_begin : k_begin, piece.k_end < k_end ? piece.k_end : k_end};
 }
 
+// Where an element of a piece lies.
+FIVEDP_INLINE const char* place_of(const Piece& piece, std::int64_t batch, std::int64_t outer, std::int64_t k) {
+    const std::int64_t in_piece = k - piece.k_begin;
+    if (piece.rows == nullptr)
+        return piece.data + batch * piece.batch_stride + outer * piece.outer_stride + in_piece * piece.k_stride;
+    // One of the strides is 0: that index chose the row.
+    return piece.rows[piece.outer_stride == 0 ? outer : in_piece] + outer * piece.outer_stride +
+           in_piece * piece.k_stride;
+}
+
+// Calls with(rows) for the rows of a piece: from `begin` on at a stride, or from row `first` of its table on,
+// `offset` bytes into each.
+template <class With>
+FIVEDP_INLINE void with_rows(const Piece& piece, const char* begin, std::int64_t stride, std::int64_t first,
+                             std::int64_t offset, const With& with) {
+    if (piece.rows != nullptr)
+        with(GatheredRows{piece.rows + first, offset});
+    else
+        with(StridedRows{begin, stride});
+}
+
 // Rows row_begin .. row_begin + rows of A for k_begin <= k < k_end.
 template <class E>
 FIVEDP_NOINLINE void pack_a(const Operand& a, std::int64_t batch, std::int64_t row_begin, std::int64_t rows,
@@ -118,25 +165,29 @@ FIVEDP_NOINLINE void pack_a(const Operand& a, std::int64_t batch, std::int64_t r
     using Source = typename E::Source;
     // A pair of bf16 is stored as it lies in memory, so the packed rows are rows of Source there.
     using Stored = std::conditional_t<E::unit_k == 2, Source, typename E::Unit>;
-    constexpr std::int64_t row_length = FIVEDP_PASS_K;
+    constexpr std::int64_t row_length = FIVEDP_PASS_K, size = sizeof(Source);
     Stored* const rows_of_a = (Stored*)to;
     for (std::int64_t p = 0; p < a.n_pieces; ++p) {
         const Piece& piece = a.pieces[p];
         const Overlap part = overlap(piece, k_begin, k_end);
         if (part.begin >= part.end) continue;
-        const char* from = piece.data + batch * piece.batch_stride + row_begin * piece.outer_stride +
-                           (part.begin - piece.k_begin) * piece.k_stride;
+        const char* const from = place_of(piece, batch, row_begin, part.begin);
         Stored* into = rows_of_a + (part.begin - k_begin);
         const std::int64_t count = part.end - part.begin;
-        if (piece.k_stride == (std::int64_t)sizeof(Source)) {
-            for (std::int64_t r = 0; r < rows; ++r) {
-                const char* row = from + r * piece.outer_stride;
-                Stored* row_to = into + r * row_length;
-                for (std::int64_t k = 0; k < count; ++k)
-                    row_to[k] = element<Stored, Source>(row + k * (std::int64_t)sizeof(Source));
-            }
-        } else if (piece.outer_stride == (std::int64_t)sizeof(Source)) {
-            transpose<Stored, Source>(from, piece.k_stride, count, rows, into, row_length);
+        if (piece.k_stride == size) {
+            with_rows(piece, from, piece.outer_stride, row_begin, (part.begin - piece.k_begin) * size,
+                      [&](const auto& source) {
+                          using Rows = std::decay_t<decltype(source)>;
+                          for (std::int64_t r = 0; r < rows; ++r) {
+                              const char* row = Rows::at(source, r);
+                              Stored* row_to = into + r * row_length;
+                              for (std::int64_t k = 0; k < count; ++k)
+                                  row_to[k] = element<Stored, Source>(row + k * size);
+                          }
+                      });
+        } else if (piece.outer_stride == size) {
+            with_rows(piece, from, piece.k_stride, part.begin - piece.k_begin, row_begin * size,
+                      [&](const auto& source) { transpose<Stored, Source>(source, count, rows, into, row_length); });
         } else {
             transpose_any<Stored, Source>(from, piece.k_stride, piece.outer_stride, count, rows, into, row_length);
         }
@@ -180,20 +231,28 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
         const Piece& piece = b.pieces[p];
         const Overlap part = overlap(piece, k_begin, k_end);
         if (part.begin >= part.end) continue;
-        const char* from = piece.data + batch * piece.batch_stride + column_begin * piece.outer_stride +
-                           (part.begin - piece.k_begin) * piece.k_stride;
+        const char* const from = place_of(piece, batch, column_begin, part.begin);
         const std::int64_t count = part.end - part.begin;
+        const std::int64_t first_k = part.begin - piece.k_begin;
         if constexpr (E::unit_k == 1) {
             Unit* into = to + (part.begin - k_begin) * width;
             if (piece.outer_stride == size && columns == width) {
-                for (std::int64_t k = 0; k < count; ++k) {
-                    const char* const row = from + k * piece.k_stride;
+                with_rows(piece, from, piece.k_stride, first_k, column_begin * size, [&](const auto& source) {
+                    using Rows = std::decay_t<decltype(source)>;
+                    for (std::int64_t k = 0; k < count; ++k) {
+                        const char* const row = Rows::at(source, k);
 #pragma GCC unroll 4
-                    for (int v = 0; v < tile_vectors; ++v)
-                        store(into + k * width + v * lanes<Acc>, load_units<E>(&row, v * lanes<Acc> * size));
-                }
+                        for (int v = 0; v < tile_vectors; ++v)
+                            store(into + k * width + v * lanes<Acc>, load_units<E>(&row, v * lanes<Acc> * size));
+                    }
+                });
             } else if (piece.k_stride == size) {
-                transpose<Unit, Source>(from, piece.outer_stride, columns, count, into, width);
+                with_rows(piece, from, piece.outer_stride, column_begin, first_k * size,
+                          [&](const auto& source) { transpose<Unit, Source>(source, columns, count, into, width); });
+            } else if (piece.rows != nullptr) {
+                for (std::int64_t k = 0; k < count; ++k)
+                    transpose_any<Unit, Source>(piece.rows[first_k + k] + column_begin * size, size, 0, columns, 1,
+                                                into + k * width, width);
             } else {
                 transpose_any<Unit, Source>(from, piece.outer_stride, piece.k_stride, columns, count, into, width);
             }
@@ -202,25 +261,31 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
             const std::int64_t end = part.end - k_begin;
             // Half a pair: the one element of each column goes into its half of the unit.
             const auto put_half = [&](std::int64_t at) {
-                const char* row = from + (at - (part.begin - k_begin)) * piece.k_stride;
                 std::uint16_t* half = (std::uint16_t*)(to + at / 2 * width) + at % 2;
                 for (std::int64_t j = 0; j < columns; ++j)
-                    half[2 * j] = element<std::uint16_t, std::uint16_t>(row + j * piece.outer_stride);
+                    half[2 * j] =
+                        element<std::uint16_t, std::uint16_t>(place_of(piece, batch, column_begin + j, k_begin + at));
             };
             if (k % 2 != 0) put_half(k++);
-            const std::int64_t pairs = (end - k) / 2;
-            const char* row = from + (k - (part.begin - k_begin)) * piece.k_stride;
+            const std::int64_t pairs = (end - k) / 2, skipped = k - (part.begin - k_begin);
             if (piece.outer_stride == size && columns == width) {
-                for (std::int64_t pair = 0; pair < pairs; ++pair) {
-                    const char* const pair_rows[2] = {row + 2 * pair * piece.k_stride,
-                                                      row + (2 * pair + 1) * piece.k_stride};
+                with_rows(piece, from + skipped * piece.k_stride, piece.k_stride, first_k + skipped,
+                          column_begin * size, [&](const auto& source) {
+                              using Rows = std::decay_t<decltype(source)>;
+                              for (std::int64_t pair = 0; pair < pairs; ++pair) {
+                                  const char* const pair_rows[2] = {Rows::at(source, 2 * pair),
+                                                                    Rows::at(source, 2 * pair + 1)};
 #pragma GCC unroll 4
-                    for (int v = 0; v < tile_vectors; ++v)
-                        store(to + (k / 2 + pair) * width + v * lanes<Acc>,
-                              load_units<E>(pair_rows, v * lanes<Acc> * size));
-                }
+                                  for (int v = 0; v < tile_vectors; ++v)
+                                      store(to + (k / 2 + pair) * width + v * lanes<Acc>,
+                                            load_units<E>(pair_rows, v * lanes<Acc> * size));
+                              }
+                          });
             } else if (piece.k_stride == size) {
-                transpose<Unit, Unit>(row, piece.outer_stride, columns, pairs, to + k / 2 * width, width);
+                with_rows(piece, from + skipped * size, piece.outer_stride, column_begin, (first_k + skipped) * size,
+                          [&](const auto& source) {
+                              transpose<Unit, Unit>(source, columns, pairs, to + k / 2 * width, width);
+                          });
             } else {
                 for (std::int64_t at = k; at < k + 2 * pairs; ++at) put_half(at);
             }
@@ -234,19 +299,38 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
 struct Ahead {
     const char* row;
     std::int64_t row_stride, rows_left, row_bytes, at;
+    const char* const* rows;  // the table of rows that lie anywhere, else null; then
+    std::int64_t offset;      // bytes into each
 };
+static constexpr Ahead nothing_ahead = {nullptr, 0, 0, 0, 0, nullptr, 0};
 
 FIVEDP_INLINE Ahead ahead_of(const Operand& operand, std::int64_t size, std::int64_t batch, std::int64_t outer_begin,
                              std::int64_t outer_count, std::int64_t k_begin, std::int64_t k_end) {
     for (std::int64_t p = 0; p < operand.n_pieces; ++p) {
         const Piece& piece = operand.pieces[p];
         if (piece.k_begin > k_begin || piece.k_end < k_end) continue;
-        const char* from = piece.data + batch * piece.batch_stride + outer_begin * piece.outer_stride +
-                           (k_begin - piece.k_begin) * piece.k_stride;
-        if (piece.outer_stride == size) return {from, piece.k_stride, k_end - k_begin, outer_count * size, 0};
-        if (piece.k_stride == size) return {from, piece.outer_stride, outer_count, (k_end - k_begin) * size, 0};
+        if (k_begin >= k_end || outer_count <= 0) break;
+        const char* from = place_of(piece, batch, outer_begin, k_begin);
+        const std::int64_t first_k = k_begin - piece.k_begin;
+        const char* const* const rows = piece.rows;
+        if (piece.outer_stride == size)
+            return {from,
+                    piece.k_stride,
+                    k_end - k_begin,
+                    outer_count * size,
+                    0,
+                    rows != nullptr ? rows + first_k : nullptr,
+                    outer_begin * size};
+        if (piece.k_stride == size)
+            return {from,
+                    piece.outer_stride,
+                    outer_count,
+                    (k_end - k_begin) * size,
+                    0,
+                    rows != nullptr ? rows + outer_begin : nullptr,
+                    first_k * size};
     }
-    return {nullptr, 0, 0, 0, 0};
+    return nothing_ahead;
 }
 
 FIVEDP_INLINE std::int64_t lines(const Ahead& ahead) {
@@ -260,8 +344,11 @@ FIVEDP_INLINE void fetch(Ahead& ahead, std::int64_t count) {
         ahead.at += 64;
         if (ahead.at >= ahead.row_bytes) {
             ahead.at = 0;
-            ahead.row += ahead.row_stride;
             --ahead.rows_left;
+            if (ahead.rows == nullptr)
+                ahead.row += ahead.row_stride;
+            else if (ahead.rows_left > 0)
+                ahead.row = *++ahead.rows + ahead.offset;
         }
     }
 }

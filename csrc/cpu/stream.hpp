@@ -77,9 +77,14 @@ FIVEDP_INLINE void rows_of_b(const Operand& b, std::int64_t batch, std::int64_t 
     for (std::int64_t p = 0; p < b.n_pieces; ++p) {
         const Piece& piece = b.pieces[p];
         const Overlap part = overlap(piece, k_begin, k_end);
-        for (std::int64_t k = part.begin; k < part.end; ++k)
-            rows[k - k_begin] = piece.data + batch * piece.batch_stride + column * piece.outer_stride +
-                                (k - piece.k_begin) * piece.k_stride;
+        const std::int64_t count = part.end - part.begin;
+        if (count <= 0) continue;
+        const char** const to = rows + (part.begin - k_begin);
+        const char* const first = place_of(piece, batch, column, part.begin);
+        with_rows(piece, first, piece.k_stride, part.begin - piece.k_begin, column * piece.outer_stride,
+                  [&](const auto& source) {
+                      for (std::int64_t k = 0; k < count; ++k) to[k] = std::decay_t<decltype(source)>::at(source, k);
+                  });
     }
     if ((k_end - k_begin) % E::unit_k != 0) rows[k_end - k_begin] = nullptr;
 }

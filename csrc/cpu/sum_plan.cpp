@@ -39,6 +39,11 @@ void add_shard(const std::int64_t* cuts, std::int64_t n_shards, std::int64_t sha
 
 }  // namespace
 
+void default_cuts(std::int64_t k, std::int64_t* cuts) {
+    for (std::int64_t shard = 0; shard <= default_shards; ++shard)
+        cuts[shard] = shard * (k / default_shards) + std::min(shard, k % default_shards);
+}
+
 void plan_sum(const std::int64_t* cuts, std::int64_t n_shards, int unit_k, std::int64_t pass_units, SumPlan& plan) {
     plan.chains.clear();
     plan.passes.clear();

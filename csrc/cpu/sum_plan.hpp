@@ -22,6 +22,10 @@ struct SumPlan {
     int n_local_slots = 0;  // slots beside the tile
 };
 
+// Borders of the virtual shards of k, unless others are given: those of numpy.array_split(range(k), default_shards).
+constexpr std::int64_t default_shards = 8;
+void default_cuts(std::int64_t k, std::int64_t* cuts);
+
 // `unit_k` is how many k a packed unit holds, `pass_units` how many units a packed panel has room for.
 void plan_sum(const std::int64_t* cuts, std::int64_t n_shards, int unit_k, std::int64_t pass_units, SumPlan& plan);
 

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from fivedp.layout.explain import explain
     from fivedp.layout.explain_attention import explain_attention
     from fivedp.ops.decode_attention import decode_attention
+    from fivedp.ops.expert_dispatch import (
+        ExpertBatch,
+        expert_combine,
+        expert_combine_backward,
+        expert_dispatch,
+        expert_dispatch_backward,
+    )
+    from fivedp.ops.expert_layer import expert_layer, expert_layer_backward
+    from fivedp.ops.grouped_matmul import grouped_matmul, grouped_matmul_backward
     from fivedp.ops.hybrid_attention import (
         hybrid_attention,
         hybrid_attention_backward,
@@ -29,8 +38,10 @@ if TYPE_CHECKING:
     )
     from fivedp.ops.matmul import sharded_matmul, sharded_matmul_backward
     from fivedp.ops.ring_attention import ring_attention, ring_attention_backward
+    from fivedp.ops.routing import Routing, route, route_backward, update_bias
     from fivedp.ops.sequence import sequence_gather, sequence_shard
     from fivedp.ops.sharding import gather, shard
+    from fivedp.ops.workloads import balanced, load_report, routing_workload
 
 __version__ = "0.1.0"
 
@@ -40,6 +51,15 @@ _HOMES = {
     "fivedp.layout.explain": ("explain",),
     "fivedp.layout.explain_attention": ("explain_attention",),
     "fivedp.ops.decode_attention": ("decode_attention",),
+    "fivedp.ops.expert_dispatch": (
+        "ExpertBatch",
+        "expert_combine",
+        "expert_combine_backward",
+        "expert_dispatch",
+        "expert_dispatch_backward",
+    ),
+    "fivedp.ops.expert_layer": ("expert_layer", "expert_layer_backward"),
+    "fivedp.ops.grouped_matmul": ("grouped_matmul", "grouped_matmul_backward"),
     "fivedp.ops.hybrid_attention": (
         "hybrid_attention",
         "hybrid_attention_backward",
@@ -48,8 +68,10 @@ _HOMES = {
     ),
     "fivedp.ops.matmul": ("sharded_matmul", "sharded_matmul_backward"),
     "fivedp.ops.ring_attention": ("ring_attention", "ring_attention_backward"),
+    "fivedp.ops.routing": ("Routing", "route", "route_backward", "update_bias"),
     "fivedp.ops.sequence": ("sequence_gather", "sequence_shard"),
     "fivedp.ops.sharding": ("gather", "shard"),
+    "fivedp.ops.workloads": ("balanced", "load_report", "routing_workload"),
 }
 _PACKAGES = ("comm", "errors", "kernels", "layout", "ops")
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -57,20 +79,35 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Axis",
     "DTypeError",
+    "ExpertBatch",
     "LayoutError",
     "Mesh",
     "MeshError",
     "PeerError",
+    "Routing",
     "ShapeError",
     "__version__",
+    "balanced",
     "decode_attention",
+    "expert_combine",
+    "expert_combine_backward",
+    "expert_dispatch",
+    "expert_dispatch_backward",
+    "expert_layer",
+    "expert_layer_backward",
     "explain",
     "explain_attention",
     "gather",
+    "grouped_matmul",
+    "grouped_matmul_backward",
     "hybrid_attention",
     "hybrid_attention_backward",
+    "load_report",
     "ring_attention",
     "ring_attention_backward",
+    "route",
+    "route_backward",
+    "routing_workload",
     "sequence_gather",
     "sequence_shard",
     "shard",
@@ -78,6 +115,7 @@ __all__ = [
     "sharded_matmul_backward",
     "ulysses_attention",
     "ulysses_attention_backward",
+    "update_bias",
 ]
 
 

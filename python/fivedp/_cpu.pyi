@@ -30,6 +30,70 @@ def attention_backward(
     d_k: Any,
     d_v: Any,
 ) -> None: ...
+def routing_forward(
+    logits: Any,
+    top_k: int,
+    rule: tuple[Any, ...],
+    chosen: Any,
+    given: bool,
+    weights: Any,
+    log_sum: Any,
+    scores: Any,
+    choices: Any,
+    probabilities: Any,
+) -> tuple[int, int, int, int]: ...
+def routing_backward(
+    d_weights: Any,
+    logits: Any,
+    rule: tuple[Any, ...],
+    chosen: Any,
+    kept: Any,
+    log_sum: Any,
+    balance: Any,
+    z_factor: float,
+    d_logits: Any,
+) -> None: ...
+def routing_drop(chosen: Any, capacity: int, before: Any, kept: Any) -> None: ...
+
+class RowTable:
+    """Rows that lie anywhere, as checked pointers; made by `fivedp.kernels.experts.Rows`."""
+
+    def __init__(self, arrays: Sequence[Any], source: Any, index: Any) -> None: ...
+
+def grouped_matmul(
+    x: Sequence[Any], w: Sequence[Any], offsets: Any, out: Any, progress: Callable[[], object] | None, tiles: Any
+) -> int: ...
+def grouped_outer(
+    x: Any, dy: Any, offsets: Any, out: Any, progress: Callable[[], object] | None, tiles: Any
+) -> int: ...
+def expert_hidden(
+    x: Any,
+    w_gate: Any,
+    w_up: Any,
+    offsets: Any,
+    hidden: Any,
+    gate: Any,
+    up: Any,
+    activation: str,
+    progress: Callable[[], object] | None,
+    tiles: Any,
+) -> int: ...
+def expert_hidden_backward(
+    d_hidden: Any,
+    gate: Any,
+    up: Any,
+    weights: Any,
+    d_gate: Any,
+    d_up: Any,
+    hidden_weighted: Any,
+    d_weights: Any,
+    activation: str,
+    tiles: Any,
+) -> int: ...
+def combine_rows(rows: RowTable, starts: Any, weights: Any, experts: Any, n_experts: int, out: Any) -> None: ...
+def gather_rows(rows: RowTable, out: Any) -> None: ...
+def weighted_rows(dy: Any, weights: Any, out: Any) -> None: ...
+def row_dots(a: Any, b: Any, out: Any) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
 def isa() -> str: ...

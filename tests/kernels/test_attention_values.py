@@ -314,19 +314,22 @@ def test_the_oracle_is_that_of_torch(seed: int, causal: bool) -> None:
         assert np.allclose(d, leaf.grad.numpy(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("poisoned", ["q", "d_out"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_poisoned_query_reaches_the_gradients_of_the_keys_it_sees_only(poisoned: str, poison: float) -> None:
-    rng = np.random.default_rng(0)
-    d_out, q, k, v = (rng.standard_normal((1, 100, 2, 8)).astype(np.float32) for _ in range(4))
-    tokens = np.arange(100, dtype=np.int32)
-    mask = Mask(tokens, tokens, scale=0.3, causal=True)
+@pytest.mark.parametrize("tokens", [99, 100])
+def test_a_poisoned_query_reaches_the_gradients_of_the_keys_it_sees_only(
+    seed: int, dtype: Any, poisoned: str, poison: float, tokens: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    d_out, q, k, v = (rng.standard_normal((1, tokens, 2, 8)).astype(dtype) for _ in range(4))
+    mask = Mask(places(tokens), places(tokens), scale=0.3, causal=True)
     state = kernel.empty_state(q, 8)
     kernel.forward(q, k, v, mask, state)
     out = np.empty_like(q)
     lse = kernel.finish(state, out)
     {"q": q, "d_out": d_out}[poisoned][0, 40, 1, 3] = poison
-    d_q, d_k, d_v = (np.zeros(x.shape, np.float32) for x in (q, k, v))
+    d_q, d_k, d_v = (np.zeros(x.shape, kernel.sum_type(q.dtype)) for x in (q, k, v))
     kernel.backward(d_out, q, k, v, mask, lse, kernel.delta(d_out, out), d_q, d_k, d_v)
     for d in (d_k, d_v):
         assert np.isfinite(d[0, 41:]).all()  # these keys come after query 40

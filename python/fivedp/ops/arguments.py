@@ -34,6 +34,7 @@ _NO_ARRAY = 255
 _FIXED = struct.Struct("<4sBBBBBBBBBBB1x4d18q")
 _TEXT_BYTES = HEADER_BYTES - _FIXED.size
 _NAMES = ("a", "b", "out")
+_ATTENTION_NAMES = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,16 @@ class Arguments:
 OPERATIONS = (
     "sharded_matmul", "gather", "sequence_gather", "ring_attention", "ring_attention_backward", "ulysses_attention",
     "ulysses_attention_backward", "hybrid_attention", "hybrid_attention_backward", "decode_attention",
+    "expert_dispatch", "expert_dispatch_backward", "expert_combine", "expert_combine_backward", "expert_layer",
+    "expert_layer_backward", "route", "update_bias", "load_report",
 )  # fmt: skip
+# What the arrays of a header are called, where it is not a, b and out.
+ARRAY_NAMES: dict[str, tuple[str, ...]] = {
+    "expert_dispatch": ("x",), "expert_dispatch_backward": ("d_tokens",), "expert_combine": ("expert_out",),
+    "expert_combine_backward": ("dy", "expert_out"), "expert_layer": ("x",), "expert_layer_backward": ("dy",),
+    "route": ("logits", "bias"), "update_bias": ("bias", "counts"), "load_report": ("counts",),
+}  # fmt: skip
+ARRAY_NAMES |= {name: _ATTENTION_NAMES for name in OPERATIONS if "attention" in name}
 
 
 def array_kind(array: Array, name: str, operation: str) -> str:
@@ -189,8 +199,7 @@ def _raise_difference(ranks: list[Arguments]) -> NoReturn:
         raise type(error)(str(error) if everyone else f"{error} (rank {rank})")
     first = ranks[0]
     name = first.operation
-    attention = "attention" in name
-    arrays = ("q", "k", "v") if attention else _NAMES
+    arrays = ARRAY_NAMES.get(name, _NAMES)
 
     def differs(what: str, of: Callable[[Arguments], Any], kind: type[ValueError], right: str) -> None:
         values = [of(x) for x in ranks]
@@ -207,7 +216,7 @@ def _raise_difference(ranks: list[Arguments]) -> NoReturn:
             raise kind(f"{name}: {what} is {values[odd]} on rank {odd} and {usual} on rank {other}; {right}")
 
     differs("the operation", lambda x: x.operation, LayoutError, "all ranks must call the same")
-    text = "the keywords" if attention else "the spec"
+    text = "the keywords" if name in ARRAY_NAMES else "the spec"
     differs(text, lambda x: f'"{x.text}"', LayoutError, f"all ranks must give the same {text.removeprefix('the ')}")
     differs("the kind of arrays", lambda x: x.kind, DTypeError, "all ranks must give NumPy arrays or all CuPy arrays")
     for i, array in enumerate(arrays):
