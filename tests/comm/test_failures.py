@@ -126,6 +126,30 @@ def test_exception_in_the_middle_of_a_ring_reaches_the_others() -> None:
         assert found[rank][1] < 5
 
 
+@pytest.mark.parametrize("broken", ["expert_hidden", "grouped_matmul", "expert_hidden_backward", "grouped_outer"])
+def test_exception_in_the_middle_of_an_expert_layer_reaches_the_others(broken: str) -> None:
+    """Before the rows come home, and in the backward before the numbers of pairs do, and after."""
+    done = run(
+        "from fivedp.kernels import experts\n"
+        "rng = np.random.default_rng(rank)\n"
+        "x = rng.standard_normal((40, 8)).astype(np.float32)\n"
+        "router = np.random.default_rng(9).standard_normal((8, 6)).astype(np.float32)\n"
+        "up, down = np.ones((2, 8, 4), np.float32), np.ones((2, 4, 8), np.float32)\n"
+        "def multiply():\n"
+        "    y, state = fivedp.expert_layer(x, router, up, up, down, comm, top_k=3, keep=True)\n"
+        "    return fivedp.expert_layer_backward(y, state)\n"
+        "multiply()\n"
+        "def broken(*arguments, **keywords):\n    raise MemoryError('seeded fault')\n"
+        f"if rank == 1:\n    experts.{broken} = broken\n"
+    )
+    found = caught(done)
+    assert found[1][0] == "MemoryError"
+    for rank in (0, 2):
+        assert found[rank][0] == "PeerError"
+        assert "rank 1: MemoryError: seeded fault" in found[rank][2]
+        assert found[rank][1] < 5
+
+
 def test_memory_that_cannot_be_had_for_the_result() -> None:
     done = run(
         "from types import SimpleNamespace\n"

@@ -29,7 +29,7 @@ MAX_MESSAGE_BYTES = 1 << 30
 # Buffers kept for the next call; a product of 4096 needs less than this at any rank count.
 _POOL_BYTES = 64 << 20
 # Tags of a group are 16 apart: `tag` carries payload or the note of a shared box, `tag + 8` what did not fit.
-TAGS = {"A": 2, "B": 3, "C": 4, "replica": 5}
+TAGS = {"A": 2, "B": 3, "C": 4, "replica": 5, "rows": 6}
 _TAGS_PER_CHANNEL = 16
 _OVERFLOW = 8
 _PROBE_TAG = 15
@@ -90,6 +90,10 @@ class Receipt:
     dtype: Any = None
     number: int = 0
     cell: int | None = None
+    whole_shape: tuple[int, ...] | None = None
+    """Of the array whose rows are awaited; None where a whole array is."""
+    whole: bool = False
+    """Whether `array` is that array, read in place, instead of the rows alone."""
 
 
 @dataclass(slots=True)
@@ -185,26 +189,45 @@ class Mailbox:
         """Send an array to a member; it must not change until a `flush` of its stage."""
         if not array.size:
             return
-        group = self.group
-        rank = group.members[peer]
-        group.grid.traffic.count(rank, array.nbytes)
-        number = self._first_tag + tag
-        if self._in_window(rank, array.nbytes):
-            if self._send_note(array, rank, tag, stage):
-                return
-            note = np.full(NOTE_WORDS, _BY_MESSAGE, dtype=np.int64)
-            request = group.grid.data.Isend([note, MPI.INT64_T], rank, number)
-            self._sent.append(_Sent(tag, stage, rank, [request], note))
-            number += _OVERFLOW
+        rank = self.group.members[peer]
+        in_window = self._in_window(rank, array.nbytes)
+        if in_window and self._send_note(array, rank, tag, stage):
+            self.group.grid.traffic.count(rank, array.nbytes)
+            return
         buffer, host = None, array
         if not self._on_host:
             host = self.xp.asnumpy(array)
         elif not array.flags.c_contiguous:
             host, buffer = self.pool.take(array.shape, array.dtype)
             host[...] = array
-        data = group.grid.data
-        requests = [data.Isend([part, MPI.BYTE], rank, number) for part in _cut(host.reshape(-1).view(np.uint8))]
+        self._count_and_send(host, rank, tag, stage, buffer, note=in_window)
+
+    def _count_and_send(self, host: Array, rank: int, tag: int, stage: int, buffer: Buffer | None, note: bool) -> None:
+        """Send a contiguous array as messages; with a note before it where the reader expects one."""
+        grid, number = self.group.grid, self._first_tag + tag
+        grid.traffic.count(rank, host.nbytes)
+        if note:
+            words = np.full(NOTE_WORDS, _BY_MESSAGE, dtype=np.int64)
+            self._sent.append(_Sent(tag, stage, rank, [grid.data.Isend([words, MPI.INT64_T], rank, number)], words))
+            number += _OVERFLOW
+        requests = [grid.data.Isend([part, MPI.BYTE], rank, number) for part in _cut(host.reshape(-1).view(np.uint8))]
         self._sent.append(_Sent(tag, stage, rank, requests, host, buffer=buffer))
+
+    def send_rows(self, array: Array, rows: npt.NDArray[np.int32], peer: int, tag: int, stage: int) -> None:
+        """Send some rows of an array to a member, who reads them where they lie if it can; see `receive_rows`.
+
+        The array must not change until a `flush` of its stage.
+        """
+        if not len(rows):
+            return
+        rank = self.group.members[peer]
+        n_bytes = array[:1].nbytes * len(rows)
+        if self._in_window(rank, n_bytes) and self._send_note(array, rank, tag, stage):
+            self.group.grid.traffic.count(rank, n_bytes)
+            return
+        packed, buffer = self.pool.take((len(rows), *array.shape[1:]), array.dtype)
+        np.take(array, rows, axis=0, out=packed)
+        self._count_and_send(packed, rank, tag, stage, buffer, note=self._in_window(rank, n_bytes))
 
     def _send_note(self, array: Array, rank: int, tag: int, stage: int) -> bool:
         """Put a box into the shared window, where it is not there already, and say where; False if there is no room."""
@@ -289,6 +312,16 @@ class Mailbox:
         self._receiving.append(receipt)
         return receipt
 
+    def receive_rows(self, n_rows: int, whole: tuple[int, ...], dtype: Any, peer: int, tag: int) -> Receipt:
+        """Receive `n_rows` rows of a member's array, which has shape `whole`.
+
+        After `wait`, the receipt's `array` is either those rows or, where `receipt.whole` says so, the member's whole
+        array, to be read in place.
+        """
+        receipt = self.receive((n_rows, *whole[1:]), dtype, peer, tag)
+        receipt.whole_shape = whole
+        return receipt
+
     def _post(self, receipt: Receipt) -> None:
         """Post the receives of an ordinary message, straight into the target where that is contiguous."""
         target = receipt.target
@@ -314,7 +347,8 @@ class Mailbox:
             if note is not None and note[0] == _SHARED:
                 assert self._window is not None
                 strides = tuple(note[3 : 3 + len(receipt.shape)].tolist())
-                receipt.array = self._window.view(receipt.peer, int(note[1]), receipt.shape, strides, receipt.dtype)
+                shape, receipt.whole = receipt.whole_shape or receipt.shape, receipt.whole_shape is not None
+                receipt.array = self._window.view(receipt.peer, int(note[1]), shape, strides, receipt.dtype)
                 receipt.cell = int(note[2])
             elif not self._on_host and receipt.buffer is not None:
                 receipt.array = self.xp.asarray(receipt.array)

@@ -5,8 +5,10 @@ computed there in the first place), and each reader gets a note of 128 bytes: wh
 when it has been read. The copy of a message is done by the cores that compute, so on one node what is not copied is
 time gained; eight readers of one panel share one copy in the last-level cache.
 
-A segment is a fixed amount of memory. What does not fit in it travels as an ordinary message. The files behind the
-segments are unlinked as soon as all ranks have mapped them, so nothing is left behind, however a run ends.
+A segment is a fixed amount of memory for boxes; what does not fit in it travels as an ordinary message. Behind it lies
+address space for working memory that ranks share (`take_large`): its pages are asked for when they are first needed.
+The files behind the segments are unlinked as soon as all ranks have mapped them, so nothing is left behind, however a
+run ends.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ MIN_BYTES = 32 << 10
 NOTE_WORDS = 16
 _FOLDER = "/dev/shm"
 _SEGMENT_BYTES = 24 << 20
+_LARGE_BYTES = 1 << 30
 _CELLS = 4096
 _CELL_BYTES = 8 * _CELLS
+_LARGE_BEGIN = _CELL_BYTES + _SEGMENT_BYTES
+_FILE_BYTES = _LARGE_BEGIN + _LARGE_BYTES
 _GRAIN = 4096
 _numbers = itertools.count()
+Extent = tuple[int, int]
 
 
 def wanted() -> bool:
@@ -64,15 +70,20 @@ class SharedWindow:
         self._path = _path(os.getpid(), self.number)
         descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            os.ftruncate(descriptor, _CELL_BYTES + _SEGMENT_BYTES)
+            os.ftruncate(descriptor, _FILE_BYTES)
             self.mine = _map(descriptor)
-        finally:
+        except BaseException:
             os.close(descriptor)
+            raise
+        self._descriptor = descriptor  # open as long as the process: `take_large` asks for pages through it
         self._segments = {rank: self.mine}
         self._cells: dict[int, npt.NDArray[np.int64]] = {}
         self.my_cells = self._cells[rank] = self.mine[:_CELL_BYTES].view(np.int64)
         self._base = self.mine.__array_interface__["data"][0]
-        self._free = [(_CELL_BYTES, self.mine.size)]
+        self._free = [(_CELL_BYTES, _LARGE_BEGIN)]
+        self._free_large = [(_LARGE_BEGIN, _FILE_BYTES)]
+        self._backed = _LARGE_BEGIN
+        """Up to here the file has its pages."""
         self._free_cells = list(range(_CELLS))
 
     def attach(self, owners: dict[int, tuple[int, int]]) -> None:
@@ -97,29 +108,29 @@ class SharedWindow:
 
     # -- the sender's side -----------------------------------------------------------------------------------------
 
-    def take(self, n_bytes: int) -> tuple[int, int] | None:
+    def take(self, n_bytes: int) -> Extent | None:
         """A free range of this rank's segment, or None where there is no room."""
-        size = -(-n_bytes // _GRAIN) * _GRAIN
-        for i, (start, stop) in enumerate(self._free):
-            if stop - start >= size:
-                if stop - start == size:
-                    del self._free[i]
-                else:
-                    self._free[i] = (start + size, stop)
-                return start, start + size
-        return None
+        return _take(self._free, n_bytes)
 
-    def give(self, extent: tuple[int, int]) -> None:
+    def take_large(self, n_bytes: int) -> Extent | None:
+        """A free range of working memory, or None where the file system has no room; kept for the next call."""
+        extent = _take(self._free_large, n_bytes)
+        if extent is not None and extent[1] > self._backed:
+            try:
+                # Memory that is not there must be an answer now, and not a signal at the first touch.
+                os.posix_fallocate(self._descriptor, self._backed, extent[1] - self._backed)
+            except OSError:
+                self._free_large = _merged([*self._free_large, extent])
+                return None
+            self._backed = extent[1]
+        return extent
+
+    def give(self, extent: Extent) -> None:
         """Return a range that nobody reads any more."""
-        self._free.append(extent)
-        self._free.sort()
-        merged = [self._free[0]]
-        for start, stop in self._free[1:]:
-            if start == merged[-1][1]:
-                merged[-1] = (merged[-1][0], stop)
-            else:
-                merged.append((start, stop))
-        self._free = merged
+        if extent[0] < _LARGE_BEGIN:
+            self._free = _merged([*self._free, extent])
+        else:
+            self._free_large = _merged([*self._free_large, extent])
 
     def take_cell(self) -> int | None:
         """A cell, cleared, that one reader sets when it has read; None where all are in use."""
@@ -133,7 +144,7 @@ class SharedWindow:
         """Return a cell that its reader has set."""
         self._free_cells.append(cell)
 
-    def array(self, extent: tuple[int, int], shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    def array(self, extent: Extent, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """A range of this rank's segment as an array."""
         return np.ndarray(shape, dtype, buffer=self.mine.data, offset=extent[0])
 
@@ -145,13 +156,20 @@ class SharedWindow:
     # -- the reader's side -----------------------------------------------------------------------------------------
 
     def view(
-        self, rank: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        rank: int,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None,
+        dtype: np.dtype[Any],
+        *,
+        writeable: bool = False,
     ) -> npt.NDArray[Any]:
-        """An array in the segment of another rank, read only."""
+        """An array in the segment of another rank; contiguous where `strides` is None."""
         view: npt.NDArray[Any] = np.ndarray(
             shape, dtype, buffer=self._segments[rank].data, offset=offset, strides=strides
         )
-        view.flags.writeable = False
+        view.flags.writeable = writeable
         return view
 
     def acknowledge(self, rank: int, cell: int) -> None:
@@ -164,5 +182,30 @@ def _path(pid: int, number: int) -> str:
 
 
 def _map(descriptor: int) -> npt.NDArray[np.uint8]:
-    memory: Any = mmap.mmap(descriptor, _CELL_BYTES + _SEGMENT_BYTES)
+    memory: Any = mmap.mmap(descriptor, _FILE_BYTES)
     return np.frombuffer(memory, dtype=np.uint8)
+
+
+def _take(free: list[Extent], n_bytes: int) -> Extent | None:
+    """The first of the free ranges that is large enough, cut out of the list; None where there is none."""
+    size = -(-n_bytes // _GRAIN) * _GRAIN
+    for i, (start, stop) in enumerate(free):
+        if stop - start >= size:
+            if stop - start == size:
+                del free[i]
+            else:
+                free[i] = (start + size, stop)
+            return start, start + size
+    return None
+
+
+def _merged(free: list[Extent]) -> list[Extent]:
+    """Free ranges in order, neighbours joined."""
+    ordered = sorted(free)
+    merged = ordered[:1]
+    for start, stop in ordered[1:]:
+        if start == merged[-1][1]:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged

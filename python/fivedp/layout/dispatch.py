@@ -1,0 +1,238 @@
+"""Which rows of a dispatch go where, and in which order they are summed on their way back.
+
+A pair is a token and one of its experts. Pairs of a rank's tokens are numbered by token, then by expert. `Outgoing` is
+what a rank knows of its own tokens: the pairs of each owner, the rows that the owner needs (a token once, however many
+of its experts live there) and the rows that come back (one for each of the owner's subtrees that the token touches).
+`Incoming` is what an owner knows of everybody's pairs: the order of its rows (expert, source rank, source row), and the
+sums that it sends back.
+
+Nothing is compared and nothing is searched: rows are placed by stable counting (NumPy's stable argsort of 16-bit
+numbers is a radix sort), so their order is that of their definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fivedp.layout.experts import ExpertCut
+
+Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.int32]
+
+
+def pair_type(weight: Any) -> np.dtype[Any]:
+    """A pair as it travels: the token's row on its rank, the expert, the weight in the type of sums."""
+    return np.dtype([("token", np.int32), ("expert", np.int32), ("weight", weight)])
+
+
+@dataclass(frozen=True)
+class SumTable:
+    """Rows to be added: out[i] is the sum of entries starts[i] <= p < starts[i + 1], in rising order of experts.
+
+    Attributes
+    ----------
+    starts : (n + 1,) int64
+    source, index : (entries,) int32
+        Row `index` of array `source`.
+    weights : (entries,)
+    experts : (entries,) int32
+        The expert, or any of the subtree's where the row is a sum over a subtree.
+    """
+
+    starts: npt.NDArray[np.int64]
+    source: Indices
+    index: Indices
+    weights: Array
+    experts: Indices
+
+
+def _stable_order(keys: Array) -> npt.NDArray[np.int64]:
+    """The permutation that sorts small numbers and keeps equal ones in their order."""
+    small = keys.max(initial=0) < 1 << 16
+    order: npt.NDArray[np.int64] = np.argsort(keys.astype(np.uint16) if small else keys, kind="stable")
+    return order
+
+
+def _begins(*columns: Array) -> npt.NDArray[np.bool_]:
+    """Where any of the columns differs from the element before; the first is True."""
+    changes = np.ones(len(columns[0]), np.bool_)
+    if len(columns[0]):
+        changes[1:] = columns[0][1:] != columns[0][:-1]
+        for column in columns[1:]:
+            changes[1:] |= column[1:] != column[:-1]
+    return changes
+
+
+def _starts(begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The borders of runs, from where each begins."""
+    return np.append(np.flatnonzero(begins), len(begins)).astype(np.int64)
+
+
+class Outgoing:
+    """The pairs of one rank's tokens.
+
+    Parameters
+    ----------
+    experts : (T, k) int32
+        -1 for a slot that is empty or was dropped. No expert twice in a row.
+    weights : (T, k)
+    cut : ExpertCut
+    rank : int
+        This rank's number among the owners.
+
+    Attributes
+    ----------
+    pairs : (n,) of `pair_type`
+    slots : (n,) int32
+        The slot of each pair in its row of `experts`.
+    of_owner : list of int arrays
+        For each owner, the numbers of its pairs.
+    rows : list of int32 arrays
+        For each owner, the tokens that it needs, rising.
+    n_returns : list of int
+        For each owner, how many rows it sends back.
+    """
+
+    def __init__(self, experts: Indices, weights: Array, cut: ExpertCut, rank: int) -> None:
+        self.n_tokens, self.cut, self.rank = len(experts), cut, rank
+        order = np.argsort(experts, axis=1, kind="stable")
+        sorted_experts = np.take_along_axis(experts, order, axis=1)
+        token, column = np.nonzero(sorted_experts >= 0)
+        self.slots: Indices = order[token, column].astype(np.int32)
+        self.pairs = np.empty(len(token), pair_type(weights.dtype))
+        self.pairs["token"] = token
+        self.pairs["expert"] = expert = sorted_experts[token, column]
+        self.pairs["weight"] = weights[token, self.slots]
+        owner, subtree = cut.owner[expert], cut.subtree[expert]
+        by_owner = _stable_order(owner)
+        self.of_owner = np.split(by_owner, np.cumsum(np.bincount(owner, minlength=cut.n_ranks))[:-1])
+        self.rows: list[Indices] = []
+        self.n_returns: list[int] = []
+        # The number of the row that comes back for each pair, counted for every owner alone.
+        self._returned = np.empty(len(token), np.int32)
+        self._begins = np.empty(len(token), np.bool_)
+        for numbers in self.of_owner:
+            tokens = self.pairs["token"][numbers]
+            self.rows.append(tokens[_begins(tokens)])
+            begins = _begins(tokens, subtree[numbers])
+            self._begins[numbers] = begins
+            self._returned[numbers] = np.cumsum(begins) - 1
+            self.n_returns.append(int(np.count_nonzero(begins)))
+        self._owner = owner
+
+    def sums(self, own_positions: Array, weighted: bool = True) -> SumTable:
+        """How a token's row is added up at home: array 0 is this rank's own rows, array 1 + s what owner s sends.
+
+        Parameters
+        ----------
+        own_positions : (own pairs,) int
+            Where the rows of this rank's own pairs lie.
+        weighted : bool
+            Whether own rows are still to be weighted; those that come back are.
+        """
+        own = self._owner == self.rank
+        entries = np.flatnonzero(own | self._begins)
+        is_own = own[entries]
+        index = self._returned[entries]
+        index[is_own] = own_positions
+        weights = np.ones(len(entries), self.pairs["weight"].dtype)
+        if weighted:
+            weights[is_own] = self.pairs["weight"][self.of_owner[self.rank]]
+        counts = np.bincount(self.pairs["token"][entries], minlength=self.n_tokens)
+        starts = np.zeros(self.n_tokens + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        source = np.where(is_own, 0, 1 + self._owner[entries]).astype(np.int32)
+        return SumTable(starts, source, index, weights, np.ascontiguousarray(self.pairs["expert"][entries]))
+
+
+class Incoming:
+    """The pairs of one owner's experts, from the tokens of all ranks.
+
+    Parameters
+    ----------
+    pairs : sequence of arrays of `pair_type`
+        From each rank, by token and expert.
+    cut : ExpertCut
+    rank : int
+        The owner.
+
+    Attributes
+    ----------
+    counts : (experts of this rank,) int64
+    offsets : (experts of this rank + 1,) int64
+        Borders of the experts among the rows.
+    source, token, row : (R,) int32
+        Of every row: the rank it came from, the token's row there, and its number among the rows which that rank sends.
+    weights : (R,)
+    positions : list of int arrays
+        For each rank, where the rows of its pairs lie.
+    n_rows : list of int
+        How many rows each rank sends.
+    """
+
+    def __init__(self, pairs: Sequence[Array], cut: ExpertCut, rank: int) -> None:
+        self.cut, self.rank, self.pairs = cut, rank, list(pairs)
+        begin, end = cut.of(rank)
+        lengths = [len(p) for p in pairs]
+        joined = np.concatenate(self.pairs)
+        rows = [np.cumsum(_begins(p["token"])) - 1 for p in pairs]
+        self.n_rows = [int(r[-1]) + 1 if len(r) else 0 for r in rows]
+        local = joined["expert"] - begin
+        order = _stable_order(local)
+        self.counts = np.bincount(local, minlength=end - begin).astype(np.int64)
+        self.offsets = np.zeros(end - begin + 1, np.int64)
+        np.cumsum(self.counts, out=self.offsets[1:])
+        self.source = np.repeat(np.arange(len(pairs), dtype=np.int32), lengths)[order]
+        self.token = joined["token"][order]
+        self.row = np.concatenate(rows).astype(np.int32)[order]
+        self.weights = joined["weight"][order]
+        positions = np.empty(len(joined), np.int32)
+        positions[order] = np.arange(len(joined), dtype=np.int32)
+        self.positions = np.split(positions, np.cumsum(lengths)[:-1])
+
+    def sums(self, source: int, weighted: bool = True) -> SumTable:
+        """The rows that go back to a rank, as sums of this owner's rows (array 0)."""
+        pairs = self.pairs[source]
+        starts = _starts(_begins(pairs["token"], self.cut.subtree[pairs["expert"]]))
+        weights = np.ascontiguousarray(pairs["weight"]) if weighted else np.ones(len(pairs), pairs["weight"].dtype)
+        return SumTable(
+            starts,
+            np.zeros(len(pairs), np.int32),
+            self.positions[source],
+            weights,
+            np.ascontiguousarray(pairs["expert"]),
+        )
+
+
+# What a core multiplies in the time in which it copies a byte of a weight: about 100 GFLOP/s and 2.5 GB/s.
+_FLOPS_PER_COPIED_BYTE = 40
+# Below this imbalance the ranks' own noise is larger.
+_BALANCED = 1.1
+
+
+def owners_to_help(loads: Sequence[int], n_experts: Sequence[int], width: int, hidden: int, itemsize: int) -> list[int]:
+    """Which owners' products the other ranks of their node should share.
+
+    An owner whose products others share must show them its experts' weights, so it copies them into shared memory; that
+    pays where the time saved, that of the rows it has above the mean, is longer than the copying.
+
+    Parameters
+    ----------
+    loads, n_experts : sequence of int
+        Rows and experts of every owner.
+    width, hidden, itemsize : int
+        H, F and the bytes of an element.
+    """
+    mean = sum(loads) / len(loads)
+    per_row, per_expert = 6 * width * hidden, 3 * width * hidden * itemsize
+    return [
+        owner
+        for owner, (load, experts) in enumerate(zip(loads, n_experts, strict=True))
+        if load > _BALANCED * mean
+        and (load - mean) * per_row > _FLOPS_PER_COPIED_BYTE * per_expert * min(experts, load)
+    ]

@@ -1,0 +1,400 @@
+"""A whole mixture-of-experts layer: route, dispatch, the experts' products, combine, and back.
+
+    logits = x router                                     own tokens
+    g, u   = x_e w_gate[e], x_e w_up[e]                   rows of this rank's experts, read where they lie
+    f      = (silu(g) * u) w_down[e]
+    y_t    = sum over the token's experts of weight * f   in the tree of the experts
+
+Kept for the backward are x, the routing, g and u; nothing of the experts' rows. The gradient of a weight,
+<dy_t, f_e(x_t)>, is taken as <dy_t w_down^T, silu(g) u>, two arrays that the backward has anyway (SonicMoE, 2025), so
+that the experts' outputs need not be stored, and one number per pair travels home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from fivedp.comm.mesh import Mesh
+from fivedp.comm.messages import Mailbox, mailbox
+from fivedp.errors import LayoutError, ShapeError
+from fivedp.kernels import experts as kernel
+from fivedp.kernels.gemm import gemm
+from fivedp.layout.shares import share
+from fivedp.ops.batch_ranks import BatchRanks
+from fivedp.ops.expert_dispatch import (
+    TYPES,
+    WIRES,
+    Dispatched,
+    DispatchPlan,
+    agree,
+    check_routing,
+    check_rows,
+    combine,
+    group_of,
+    in_type,
+    plan_dispatch,
+    scalars_home,
+    sum_type,
+)
+from fivedp.ops.matmul import sharded_matmul
+from fivedp.ops.routing import Routing, route, route_backward
+from fivedp.ops.work_sharing import Item, Job, SharedWork, Work
+
+Array = Any
+GATED = ("swiglu",)
+ACTIVATIONS = (*GATED, "gelu", "gelu_tanh", "relu", "silu")
+
+
+@dataclass(frozen=True)
+class ExpertLayerState:
+    """What the backward of a layer needs of its forward; `routing` also has the losses.
+
+    Attributes
+    ----------
+    routing : Routing
+    plan : DispatchPlan
+    x, router, w_up, w_gate, w_down : array
+        As given, not copied.
+    gate, up : (R, F) or None
+        The products before the activation; `gate` only where the activation has one.
+    activation : str
+    comm : Mesh or MPI.Intracomm
+    """
+
+    routing: Routing
+    plan: DispatchPlan
+    x: Array
+    router: Array
+    w_up: Array
+    w_gate: Array | None
+    w_down: Array
+    gate: Array | None
+    up: Array
+    activation: str
+    comm: Mesh | MPI.Intracomm
+
+
+@dataclass(frozen=True)
+class ExpertGradients:
+    """The gradients of a layer, of the shapes and types of what they belong to.
+
+    That of the router is summed over the ranks that share the experts, as each of them has the same router. It is 0
+    where the routing was given and knows no logits; whoever made it needs `weights`, that of its weights (T, k).
+    """
+
+    x: Array
+    router: Array
+    w_up: Array
+    w_gate: Array | None
+    w_down: Array
+    weights: Array
+
+
+def expert_layer(
+    x: Array,
+    router: Array,
+    w_up: Array,
+    w_gate: Array | None,
+    w_down: Array,
+    comm: Mesh | MPI.Intracomm,
+    *,
+    top_k: int = 2,
+    activation: str = "swiglu",
+    routing: Routing | None = None,
+    wire: str = "same",
+    keep: bool = False,
+    **route_keywords: Any,
+) -> Any:
+    """A mixture of experts, each a two-layer perceptron.
+
+    Parameters
+    ----------
+    x : (T, H)
+        This rank's tokens; float32, float64 or bfloat16 (summed in float32). T may differ between ranks and be 0.
+    router : (H, E)
+        The same on every rank, in the type of x or of sums.
+    w_up : (E_local, H, F)
+    w_gate : (E_local, H, F) or None
+        None for activations without a gate.
+    w_down : (E_local, F, H)
+        The weights of this rank's experts: the block rule's share of E, which may be none. Any strides.
+    comm : Mesh or MPI.Intracomm
+        Its ranks own the experts; of a mesh, those of axis ep. Capacity and losses are those of all its ranks' tokens.
+    top_k : int
+        Experts of a token.
+    activation : {"swiglu", "gelu", "gelu_tanh", "relu", "silu"}
+        "swiglu" is silu(x w_gate) * (x w_up); the others are of x w_up alone.
+    routing : Routing, optional
+        Choices made elsewhere (recorded, balanced by force). One that `fivedp.route` made must be of x router, whose
+        gradient is then taken; else `router` only says how many experts there are.
+    wire : {"same", "bfloat16"}
+        As in `expert_dispatch`.
+    keep : bool
+        Whether to return what the backward needs.
+    **route_keywords
+        Of `fivedp.route`: score, normalize, capacity_factor, bias, groups, ...
+
+    Returns
+    -------
+    y : (T, H)
+        In the type of x. The same bits on any number of ranks that hold the same tokens in the same order.
+    state : ExpertLayerState
+        Only with `keep`. Its `routing` has the losses, over the tokens of all ranks.
+
+    Raises
+    ------
+    LayoutError, ShapeError, DTypeError
+        On every rank, before any payload moves; also for a logit that is not finite.
+    PeerError
+        Another rank raised, exited or stayed silent in the middle of the call.
+
+    Notes
+    -----
+    Collective over all ranks of `comm`.
+    """
+    name, group, error = "expert_layer", group_of(comm), None
+    n_experts = 0
+    try:
+        n_experts = _check(group.size, group.index, x, router, w_up, w_gate, w_down, activation, wire)
+        if routing is not None:
+            check_routing(name, routing, len(x))
+            if routing.n_experts != n_experts:
+                raise ShapeError(f"{name}: `routing` has {routing.n_experts} experts and `router` {n_experts}")
+            if route_keywords:
+                raise LayoutError(f"{name}: routing is given, and so is {next(iter(route_keywords))}; expected either")
+    except ValueError as found:
+        error = found
+    alone = not (keep or route_keywords.get("capacity_factor") or route_keywords.get("choice", "token") != "token")
+    if error is not None and routing is None and not alone:
+        # The others are about to make a routing, perhaps with more ranks than those of this group.
+        BatchRanks(name, comm, {"x": x}, "", error)
+    if error is None and routing is None:
+        logits = np.empty((len(x), n_experts), sum_type(x.dtype))
+        left, right = (a.astype(logits.dtype) if a.dtype != router.dtype else a for a in (x, router))
+        gemm(left, right, logits)
+        try:
+            # Losses and capacities are those of all ranks' tokens; where neither is asked for, no rank needs another.
+            routing = route(logits, top_k, comm=None if alone else comm, **route_keywords)
+        except ValueError as found:
+            if not alone:
+                raise
+            error = found
+    columns = 0 if error is not None else w_up.shape[2]
+    text = f"{n_experts} experts of {columns}, top_k={top_k}, {activation}, wire={wire}"
+    what, everyone = agree(name, group, text, (x,), error)
+    assert routing is not None
+    n_tokens = [shapes[0] for other in everyone if (shapes := other.shapes[0]) is not None]
+    y = np.empty((len(x), x.shape[1]), x.dtype)
+    with mailbox(group, what, np) as mail:
+        plan = plan_dispatch(mail, routing, x, n_tokens, wire, sum_type(x.dtype))
+        work = SharedWork(mail, plan, columns, n_phases=2)
+        tokens = work.visible(x)
+        travel = Dispatched(mail, plan, tokens, "C")
+        items = {"w_up": Item.of("expert", w_up), "w_down": Item.of("expert", w_down)}
+        if w_gate is not None:
+            items["w_gate"] = Item.of("expert", w_gate)
+        if keep:
+            items |= {name: Item("row", (columns,), x.dtype, kept=True) for name in _products(activation)}
+        items["hidden"] = Item("row", (columns,), x.dtype)
+        items["out"] = Item("row", (plan.width,), plan.sums)
+        work.begin({"x": in_type(travel.rows(), plan)}, {"x": tokens}, items)
+        progress = mail.progress()
+
+        def hidden(job: Job, tiles: Array | None) -> int:
+            a = job.arrays
+            return kernel.expert_hidden(
+                job.rows["x"], a.get("w_gate"), a["w_up"], job.offsets, a["hidden"],
+                gate=a.get("gate"), up=a.get("up"), activation=activation, progress=progress, tiles=tiles,
+            )  # fmt: skip
+
+        def down(job: Job, tiles: Array | None) -> int:
+            a = job.arrays
+            return kernel.grouped_matmul(
+                a["hidden"], a["w_down"], job.offsets, a["out"], progress=progress, tiles=tiles
+            )
+
+        work.run(0, hidden)
+        travel.release()
+        work.run(1, down)
+        combine(mail, plan, work.result("out"), y, weighted=True)
+        kept = {name: work.result(name) for name in _products(activation)} if keep else {}
+        work.end()
+    if not keep:
+        return y
+    return y, ExpertLayerState(
+        routing, plan, x, router, w_up, w_gate, w_down, kept.get("gate"), kept["up"], activation, comm
+    )
+
+
+def _products(activation: str) -> tuple[str, ...]:
+    """The products before the activation."""
+    return ("gate", "up") if activation in GATED else ("up",)
+
+
+def expert_layer_backward(
+    dy: Array, state: ExpertLayerState, *, d_aux_loss: float = 0.0, d_z_loss: float = 0.0
+) -> ExpertGradients:
+    """The gradients of `expert_layer`.
+
+    Parameters
+    ----------
+    dy : (T, H)
+        The gradient with respect to y, in the type of x.
+    state : ExpertLayerState
+        What the forward kept.
+    d_aux_loss, d_z_loss : float
+        The gradients with respect to the routing's losses: the coefficients with which they enter the whole loss.
+
+    Returns
+    -------
+    ExpertGradients
+        The same bits on any number of ranks that hold the same tokens in the same order: weights' gradients are summed
+        by the rows' places in the whole batch, the router's likewise where tokens are cut by the block rule.
+
+    Notes
+    -----
+    Collective over the ranks of the forward. The tokens travel once more: owners keep no rows.
+    """
+    name, plan, x = "expert_layer_backward", state.plan, state.x
+    error = None
+    try:
+        check_rows(name, "dy", dy, x.shape, (x.dtype,))
+    except ValueError as found:
+        error = found
+    what, _ = agree(name, plan.group, f"{plan.cut.n_experts} experts", (dy,), error)
+    dx = np.empty(x.shape, plan.sums)
+    with mailbox(plan.group, what, np) as mail:
+        gradients, d_weights = _through_experts(mail, dy, state, dx)
+    if state.routing.state is not None:
+        d_logits = route_backward(d_weights, state.routing, d_aux_loss=d_aux_loss, d_z_loss=d_z_loss)
+        router = state.router.astype(plan.sums, copy=False)
+        gemm(d_logits, router.T, dx, beta=1.0)
+        d_router = _over_tokens(x.astype(plan.sums, copy=False), d_logits, state)
+    else:
+        d_router = np.zeros(state.router.shape, plan.sums)
+    d_router = d_router.astype(state.router.dtype, copy=False)
+    return ExpertGradients(dx.astype(x.dtype, copy=False), d_router, *gradients, d_weights)
+
+
+def _through_experts(
+    mail: Mailbox, dy: Array, state: ExpertLayerState, dx: Array
+) -> tuple[tuple[Array, Array | None, Array], Array]:
+    """dx without the router's part; the gradients of w_up, w_gate, w_down, and of the routing's weights (T, k)."""
+    plan, dtype, columns, activation = state.plan, state.x.dtype, state.up.shape[1], state.activation
+    gated = state.w_gate is not None
+    work = SharedWork(mail, plan, columns, n_phases=6 if gated else 5)
+    x, dy = work.visible(state.x), work.visible(dy)
+    x_travel, dy_travel = Dispatched(mail, plan, x, "C"), Dispatched(mail, plan, dy, "rows")
+    items = {"w_up": Item.of("expert", state.w_up), "w_down": Item.of("expert", state.w_down)}
+    items |= {"up": Item.of("row", state.up), "weights": Item.of("row", plan.incoming.weights)}
+    items |= {"d_hidden": Item("row", (columns,), plan.sums), "d_weights": Item("row", (), plan.sums)}
+    items |= {name: Item("row", (columns,), dtype) for name in ("d_up", "hidden")}
+    items["rows"] = Item("row", (plan.width,), plan.sums)
+    items["d_w_up"] = Item("expert", state.w_up.shape[1:], dtype, kept=True)
+    items["d_w_down"] = Item("expert", state.w_down.shape[1:], dtype, kept=True)
+    if gated:
+        items |= {"w_gate": Item.of("expert", state.w_gate), "gate": Item.of("row", state.gate)}
+        items["d_gate"] = Item("row", (columns,), dtype)
+        items["d_w_gate"] = Item("expert", state.w_up.shape[1:], dtype, kept=True)
+    rows = {"x": in_type(x_travel.rows(), plan), "dy": in_type(dy_travel.rows(), plan)}
+    work.begin(rows, {"x": x, "dy": dy}, items)
+    progress = mail.progress()
+
+    def d_hidden(job: Job, tiles: Array | None) -> int:
+        a = job.arrays
+        w_down_t = a["w_down"].transpose(0, 2, 1)
+        return kernel.grouped_matmul(
+            job.rows["dy"], w_down_t, job.offsets, a["d_hidden"], progress=progress, tiles=tiles
+        )
+
+    def activation_gradient(job: Job, tiles: Array | None) -> int:
+        a = job.arrays
+        return kernel.expert_hidden_backward(
+            a["d_hidden"], a.get("gate"), a["up"], a["weights"], d_gate=a.get("d_gate"), d_up=a["d_up"],
+            hidden_weighted=a["hidden"], d_weights=a["d_weights"], activation=activation, tiles=tiles,
+        )  # fmt: skip
+
+    def d_rows(job: Job, tiles: Array | None) -> int:
+        # d_gate w_gate^T + d_up w_up^T as one product over 2 F.
+        a = job.arrays
+        inner = [a[name] for name in (("d_gate", "d_up") if gated else ("d_up",))]
+        weights = [a[name].transpose(0, 2, 1) for name in (("w_gate", "w_up") if gated else ("w_up",))]
+        return kernel.grouped_matmul(inner, weights, job.offsets, a["rows"], progress=progress, tiles=tiles)
+
+    def outer(name: str, left: Callable[[Job], Any], right: Callable[[Job], Any]) -> Work:
+        return lambda job, tiles: kernel.grouped_outer(
+            left(job), right(job), job.offsets, job.arrays[name], progress=progress, tiles=tiles
+        )
+
+    work.run(0, d_hidden)
+    work.run(1, activation_gradient)
+    d_weights = scalars_home(mail, plan, work.result("d_weights"))
+    work.run(2, d_rows)
+    work.run(3, outer("d_w_down", lambda job: job.arrays["hidden"], lambda job: job.rows["dy"]))
+    work.run(4, outer("d_w_up", lambda job: job.rows["x"], lambda job: job.arrays["d_up"]))
+    if gated:
+        work.run(5, outer("d_w_gate", lambda job: job.rows["x"], lambda job: job.arrays["d_gate"]))
+    for travel in (x_travel, dy_travel):
+        travel.release()
+    combine(mail, plan, work.result("rows"), dx, weighted=False)
+    gradients = work.result("d_w_up"), work.result("d_w_gate") if gated else None, work.result("d_w_down")
+    work.end()
+    return gradients, d_weights
+
+
+def _over_tokens(x: Array, d_logits: Array, state: ExpertLayerState) -> Array:
+    """x^T d_logits over the tokens of all ranks."""
+    group, n_tokens = state.plan.group, state.plan.n_tokens
+    axes = "*".join(group.axes) or "ep"
+    total = sum(n_tokens)
+    cuts = [share(total, group.size, rank) for rank in range(group.size)]
+    if [end - begin for begin, end in cuts] == list(n_tokens):
+        order = "canonical" if 8 % group.size else "tree"
+        return sharded_matmul(x.T, d_logits, f"h t/{axes}, t/{axes} e -> h e", state.comm, order=order)
+    # Shares of any other lengths: the ranks' sums are added in a tree over ranks.
+    partial = np.empty((x.shape[1], d_logits.shape[1]), x.dtype)
+    gemm(x.T, d_logits, partial)
+    one = np.ones((1, 1), x.dtype)
+    whole = sharded_matmul(one, partial.reshape(1, -1), f"m k/{axes}, k/{axes} n -> m n", state.comm)
+    return whole.reshape(partial.shape)
+
+
+def _check(
+    size: int,
+    index: int,
+    x: Any,
+    router: Any,
+    w_up: Any,
+    w_gate: Any,
+    w_down: Any,
+    activation: str,
+    wire: str,
+) -> int:
+    """How many experts there are, where this rank's arguments fit together."""
+    name = "expert_layer"
+    check_rows(name, "x", x, (None, None), TYPES)
+    width = x.shape[1]
+    check_rows(name, "router", router, (width, None), (x.dtype, sum_type(x.dtype)))
+    n_experts = router.shape[1]
+    begin, end = share(n_experts, size, index)
+    check_rows(name, "w_up", w_up, (None, width, None), (x.dtype,))
+    if len(w_up) != end - begin:
+        raise ShapeError(
+            f"{name}: `w_up` is of {len(w_up)} experts; the block rule gives this rank {end - begin} of {n_experts}"
+        )
+    if activation not in ACTIVATIONS:
+        raise LayoutError(f"{name}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if (w_gate is not None) != (activation in GATED):
+        given = "is None" if w_gate is None else "is given"
+        raise LayoutError(f"{name}: activation is {activation!r} and `w_gate` {given}; only swiglu has a gate")
+    if w_gate is not None:
+        check_rows(name, "w_gate", w_gate, w_up.shape, (x.dtype,))
+    check_rows(name, "w_down", w_down, (len(w_up), w_up.shape[2], width), (x.dtype,))
+    if wire not in WIRES:
+        raise LayoutError(f'{name}: wire is {wire!r}; expected "same" or "bfloat16"')
+    return int(n_experts)
