@@ -112,11 +112,37 @@ def attention(result: Result) -> str:
     return table(names, rows)
 
 
+def moe(result: Result) -> str:
+    """One line per mixture of experts of the benchmark."""
+    count = result["machine"]["ranks"]
+    rows = []
+    for r in result["rows"]:
+        if r.get("skipped") or r["kernel"] != "moe":
+            continue
+        sent, sizes, memory = r["bytes"], r["sizes"], r["memory"]["peak"]
+        total = sum(r["stages"].values()) or 1.0
+        rows.append([
+            r["label"] + (f" / {r['scaled_by']}" if r["scaled_by"] != 1 else ""),
+            f"{sizes['tokens']} x {sizes['width']} x {sizes['hidden']}", f"{sizes['experts']}, top {sizes['top_k']}",
+            r["workload"], NUMBERS[r["dtype"]], "backward" if r["backward"] else "forward",
+            milliseconds(r["seconds"]), f"{r['gflops']:.1f}", f"{100 * r['share_of_peak']:.0f}%",
+            *(f"{100 * r['stages'][name] / total:.0f}%" for name in ("route", "dispatch", "products", "combine")),
+            megabytes(sent["counted"] / count),
+            "equal" if sent["counted"] == sent["bound"] else megabytes(sent["bound"] / count),
+            f"{r['error']:.1e}" if not r["wrong"] else "WRONG", f"{r['honest_error']:.1e}",
+            "?" if memory is None else megabytes(memory), f"{r['balance']:.2f}",
+        ])  # fmt: skip
+    names = ["layer", "tokens x H x F", "experts", "workload", "type", "pass", "time", "GFLOP/s", "of peak",
+             "route", "dispatch", "products", "combine", "sent by a rank", "least", "error", "plain", "memory",
+             "load"]  # fmt: skip
+    return table(names, rows)
+
+
 def setting(result: Result) -> str:
     """The machine of a contest, and the versions that its programs told."""
     m, contests = result["machine"], result["contests"]
     facts = {e["program"]: e["facts"] for contest in contests for e in contest["entries"]}
-    ours = facts.get("fivedp_attention") or facts.get("fivedp") or {}
+    ours = facts.get("fivedp_moe") or facts.get("fivedp_attention") or facts.get("fivedp") or {}
     torch = next((f for f in facts.values() if "torch" in f), None)
     loads = [contest["load"] for contest in contests]
     busy = f"; load {min(loads)} to {max(loads)}: other programs ran" * (max(loads) > 1.5 * result["cores"])
@@ -134,8 +160,18 @@ def setting(result: Result) -> str:
 
 def peers(result: Result) -> str:
     """One line per contest and peer, with the aim where there is one, and the errors where they were measured."""
+    return beside(result, "GFLOP/s", lambda entry: f"{entry['gflops']:.0f}")
+
+
+def times(result: Result) -> str:
+    """The same with times, for work that is not counted in operations."""
+    return beside(result, "time", lambda entry: milliseconds(entry["seconds"]))
+
+
+def beside(result: Result, unit: str, said: Callable[[Any], str]) -> str:
+    """The contests of a result; `said` tells the speed of an entry."""
     rows = []
-    names = ["what", "shape", "peer", "ours, GFLOP/s", "peer, GFLOP/s", "ours is ... times as fast", "wanted"]
+    names = ["what", "shape", "peer", f"ours, {unit}", f"peer, {unit}", "ours is ... times as fast", "wanted"]
     entries = [entry for contest in result["contests"] for entry in contest["entries"]]
     if errors := any("error_over_plain" in entry for entry in entries):
         names.append("error over plain: ours, peer")
@@ -149,7 +185,7 @@ def peers(result: Result) -> str:
             low, high = entry["spread"]
             aim = entry["wanted"]
             verdict = "" if aim is None else f"{aim:.2f}: " + ("reached" if entry["ratio"] >= aim else "**short**")
-            row = [contest["title"], shape, entry["entry"], f"{ours['gflops']:.0f}", f"{entry['gflops']:.0f}",
+            row = [contest["title"], shape, entry["entry"], said(ours), said(entry),
                    f"**{entry['ratio']:.2f}** ({low:.2f}-{high:.2f})", verdict]  # fmt: skip
             if errors:
                 row.append(f"{ours['error_over_plain']:.2g}, {entry['error_over_plain']:.2g}")
@@ -178,8 +214,10 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "machine": machine,
     "specs": specs,
     "attention": attention,
+    "moe": moe,
     "setting": setting,
     "peers": peers,
+    "times": times,
     "aims": aims,
 }
 

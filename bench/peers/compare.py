@@ -2,6 +2,7 @@
 
     python bench/peers/compare.py --suite acceptance --json bench/results/<date>-<machine>-peers.json
     python bench/peers/compare.py --suite attention --json bench/results/<date>-<machine>-attention.json
+    python bench/peers/compare.py --suite moe --json bench/results/<date>-<machine>-moe.json
 
 Every program is started once, checks its result and then sleeps until its turn; at least seven rounds are run, and the
 median of the ratios with its spread is reported. A program that is missing is named with the command that installs it;
@@ -36,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", action="append", choices=NAMES, help="which contests (default quick); repeatable")
     parser.add_argument("--only", help="keep contests whose title and shape contain this")
     parser.add_argument("--without", action="append", default=[], help="leave a program out; repeatable")
-    parser.add_argument("--size", type=int, default=4096, help="of the squares, tokens of attention (default 4096)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=4096,
+        help="of the squares, tokens of attention, of moe half as many a rank (default 4096)",
+    )
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="ranks x threads")
     parser.add_argument("--rounds", type=int, default=7, help="of every contest (default 7)")
     parser.add_argument("--json", metavar="F", help="write the result, after every contest")

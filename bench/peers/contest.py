@@ -20,7 +20,7 @@ PATHS = re.compile(r"(?:/[\w.+-]+){2,}")
 
 
 class Work(Protocol):
-    """What all entries of a contest do: `products.Product` or `attentions.Attention`."""
+    """What all entries of a contest do: a `Product`, an `Attention` or a `Mixture`."""
 
     @property
     def dtype(self) -> str:

@@ -51,6 +51,10 @@ PROGRAMS = {
     ),
     "fivedp_attention": Program("fivedp_attention.py", "mpirun", "fivedp", "pip install 'fivedp[mpich]'"),
     "torch_sdpa": Program("torch_sdpa.py", "single", "torch", "pip install torch threadpoolctl"),
+    "fivedp_moe": Program("fivedp_moe.py", "mpirun", "fivedp", "pip install 'fivedp[mpich]'"),
+    "numpy_moe": Program("numpy_moe.py", "mpirun", "mpi4py", "pip install numpy mpi4py mpich threadpoolctl"),
+    "torch_moe": Program("torch_moe.py", "torchrun", "torch", "pip install torch threadpoolctl"),
+    "torch_experts": Program("torch_experts.py", "single", "torch", "pip install torch threadpoolctl"),
     "torch_ring": Program("torch_ring.py", "torchrun", "torch", "pip install torch threadpoolctl"),
 }
 

@@ -2,16 +2,21 @@
 
 `acceptance` is what fivedp is to reach on the cores of one machine: every spec against NumPy with all cores, against
 ScaLAPACK and DTensor in the same layout, more ranks on the same cores, and one thread. `attention` is the same for
-attention: one thread against torch, ranks against one rank and against torch's ring, more ranks than cores.
+attention: one thread against torch, ranks against one rank and against torch's ring, more ranks than cores. `moe` are
+layers of experts: against torch on gloo, NumPy with `Alltoallv` and torch in one process, and under skew against our
+own balanced time.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from attentions import Attention
 from contest import Contest, Entry
+from mixtures import Mixture
 from products import Product
 
 LINE_SPECS = ("column", "column-gathered", "row", "row-sequence", "sequence-column", "block-rows")
@@ -171,6 +176,91 @@ def attention_crowded(cores: int, size: int) -> list[Contest]:
     return contests
 
 
+def moe_layer(name: str, cores: int, size: int, dtype: str, **more: Any) -> Mixture:
+    """The coarse or the fine layer, with 2048 or 1024 tokens a rank where `size` is 4096.
+
+    Where the CPU has no bfloat16 instructions torch multiplies it below 1 GFLOP/s: features and tokens are quarters
+    there, so that a round ends.
+    """
+    tokens, width, hidden, experts, top_k = {
+        "coarse": (size // 2, 1024, 2048, 8, 2),
+        "fine": (size // 4, 1024, 384, 64, 8),
+    }[name]
+    by = max(1, 4096 // size)
+    if dtype == "bfloat16" and not has_bfloat16():
+        by, tokens = 4 * by, max(1, tokens // 4)
+    width, hidden = max(experts, width // by), max(1, hidden // by)
+    return Mixture(cores * tokens, width, hidden, experts, top_k, dtype, **more)
+
+
+def moe_entries(cores: int, wanted: float, work: Mixture) -> tuple[Entry, ...]:
+    """Ours and every peer that can do it; the aim is against the better of torch's two, so against both."""
+    entries = [
+        Entry("fivedp_moe", cores, 1),
+        Entry("torch_moe", cores, 1, "naive", wanted=wanted),
+        Entry("torch_moe", cores, 1, "deduplicated", wanted=wanted),
+    ]
+    if work.dtype == "float32" and not work.backward:
+        entries.append(Entry("numpy_moe", cores, 1))
+    return (*entries, Entry("torch_experts", 1, cores))
+
+
+def moe_title(work: Mixture) -> str:
+    """`f32 forward`."""
+    number = {"float32": "f32", "bfloat16": "bf16"}[work.dtype]
+    return f"{number} {'forward + backward' if work.backward else 'forward'}"
+
+
+def moe_layers(cores: int, size: int) -> list[Contest]:
+    """Coarse and fine experts; what lies outside the products of the coarse ones."""
+    contests = []
+    aims = {
+        ("coarse", "float32"): (2.0, 1.8), ("coarse", "bfloat16"): (1.15, 1.15),
+        ("fine", "float32"): (2.5, 2.5), ("fine", "bfloat16"): (1.5, 1.5),
+    }  # fmt: skip
+    for (name, dtype), wanted in aims.items():
+        for backward in (False, True):
+            work = moe_layer(name, cores, size, dtype, backward=backward)
+            entries = moe_entries(cores, wanted[backward], work)
+            contests.append(Contest(f"{moe_title(work)}, {name}, {cores} ranks", work, entries))
+    for dtype in ("float32", "bfloat16"):
+        work = moe_layer("coarse", cores, size, dtype, outside=True)
+        entries = moe_entries(cores, 4.0, work)[:-1]
+        contests.append(Contest(f"{moe_title(work)}, coarse, outside the products, {cores} ranks", work, entries))
+    return contests
+
+
+def moe_decode(cores: int, size: int) -> list[Contest]:
+    """1, 8 and 32 tokens a rank."""
+    contests = []
+    for tokens in (1, 8, 32):
+        work = replace(moe_layer("coarse", cores, size, "float32"), tokens=tokens * cores)
+        title = f"f32 decode, coarse, {tokens} tokens a rank, {cores} ranks"
+        contests.append(Contest(title, work, moe_entries(cores, 5.0, work), inner=5))
+    return contests
+
+
+def moe_skew(cores: int, size: int) -> list[Contest]:
+    """Ours when all tokens choose one expert, or by Zipf's law, beside ours when they choose evenly.
+
+    One expert takes all rows: one choice a token, and as many tokens as there would be choices.
+    """
+    contests, program = [], ("fivedp_moe", cores, 1)
+    coarse, fine = (moe_layer(name, cores, size, "float32") for name in ("coarse", "fine"))
+    single = replace(coarse, tokens=coarse.tokens * coarse.top_k, top_k=1)
+    for name, layer, skewed, most in (
+        ("coarse", single, "one_expert", 1.3), ("coarse", coarse, "zipf", 1.15), ("fine", fine, "zipf", 1.15),
+    ):  # fmt: skip
+        for backward in (False, True):
+            even = replace(layer, backward=backward)
+            work = replace(even, workload=skewed)
+            entries = (Entry(*program), Entry(*program, wanted=1 / most, work=even))
+            contests.append(
+                Contest(f"{moe_title(work)}, {name}, {skewed}, beside uniform, {cores} ranks", work, entries)
+            )
+    return contests
+
+
 def suite(name: str, cores: int, size: int) -> list[Contest]:
     """The contests called `name`."""
     parts = {
@@ -184,13 +274,19 @@ def suite(name: str, cores: int, size: int) -> list[Contest]:
         "attention-ranks": lambda: attention_ranks(cores, size),
         "attention-crowded": lambda: attention_crowded(cores, size),
     }
-    for whole, its in (("acceptance", parts), ("attention", attention)):
+    moe = {
+        "moe-layers": lambda: moe_layers(cores, size),
+        "moe-decode": lambda: moe_decode(cores, size),
+        "moe-skew": lambda: moe_skew(cores, size),
+    }
+    for whole, its in (("acceptance", parts), ("attention", attention), ("moe", moe)):
         if name == whole:
             return [contest for part in its.values() for contest in part()]
     if name == "quick":
         return squares(cores, min(size, 1024))[:3] + threads((512,))
-    return (parts | attention)[name]()
+    return (parts | attention | moe)[name]()
 
 
 NAMES = ("quick", "squares", "halves", "crowded", "threads", "acceptance",
-         "attention", "attention-threads", "attention-ranks", "attention-crowded")  # fmt: skip
+         "attention", "attention-threads", "attention-ranks", "attention-crowded",
+         "moe", "moe-layers", "moe-decode", "moe-skew")  # fmt: skip

@@ -8,8 +8,8 @@ core, whatever its MPI does while waiting. The protocol is one JSON object a lin
     {"do": "check", ...}               what the driver's check needs of this rank's part of the result
     {"do": "quit"}
 
-A case is that of the driver's work (`products.py`, `attentions.py`) with "seed", "way" and "keywords"; `way` names a
-layout in the program's own terms.
+A case is that of the driver's work (`products.py`, `attentions.py`, `mixtures.py`) with "seed", "way" and "keywords";
+`way` names a layout in the program's own terms.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Peer(ABC):
     """A program that is compared; `rank` and `size` are set before `serve`."""
 
     rank, size = 0, 1
+    excluded = 0.0  # seconds of the runs so far that are not to count
 
     @abstractmethod
     def prepare(self, case: dict[str, Any]) -> str | None:
@@ -131,10 +132,10 @@ def _answer(peer: Peer, order: dict[str, Any]) -> dict[str, Any]:
         seconds, inner = [], int(order.get("inner", 1))
         for _ in range(order["repeats"]):
             peer.barrier()
-            start = time.perf_counter()
+            start, excluded = time.perf_counter(), peer.excluded
             for _ in range(inner):
                 peer.run()
-            seconds.append((time.perf_counter() - start) / inner)
+            seconds.append((time.perf_counter() - start - (peer.excluded - excluded)) / inner)
         return {"seconds": seconds}
     if order["do"] == "check":
         return peer.check(order)

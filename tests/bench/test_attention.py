@@ -260,12 +260,15 @@ def test_what_attention_does_not_have_is_refused(words: tuple[str, ...], complai
 @pytest.mark.parametrize(
     ("words", "families"),
     [
-        ((), ["gemm", "attention"]),
+        ((), ["gemm", "attention", "moe"]),
         (("--shape", "gpt2"), ["gemm", "attention"]),
         (("--spec", "row"), ["gemm"]),
         (("--shape", "64x64x64"), ["gemm"]),
         (("--shape", "1x64x4x2x16"), ["attention"]),
         (("--layout", "striped"), ["attention"]),
+        (("--shape", "mixtral-8x7b"), ["gemm", "attention", "moe"]),
+        (("--shape", "8x16x4x4/2"), ["moe"]),
+        (("--workload", "zipf"), ["moe"]),
         (("--dtype", "c64"), ["gemm"]),
     ],
 )

@@ -51,6 +51,28 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+# A rank whose gradient of an expert is wrong in one element, and a plan that is a byte too high for the forward.
+SPOILED_MOE = """
+import sys
+import numpy as np
+import fivedp
+right = fivedp.expert_layer_backward
+def wrong(*arrays, **keywords):
+    gradients = right(*arrays, **keywords)
+    gradients.w_down.reshape(-1)[np.abs(arrays[1].w_down).argmax()] += 1e6
+    return gradients
+fivedp.expert_layer_backward = wrong
+import fivedp.bench.trials.moe as trials
+honest = trials.traffic
+def dear(chosen, case, ranks, backward):
+    found = honest(chosen, case, ranks, backward)
+    return found | {"planned": found["planned"] + (not backward)}
+trials.traffic = dear
+from fivedp.bench.program import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def bench(ranks: int, *words: str, env: Mapping[str, str | None] | None = None) -> Finished:
     return start([sys.executable, "-m", "fivedp.bench", *words], ranks, timeout=120, env=env)
 
@@ -131,6 +153,45 @@ def test_a_wrong_gradient_and_a_wrong_price_of_attention_end_with_status_1() -> 
     assert f"sent {sent} bytes where {sent + 1} were planned" in done.stdout, done.output
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_layers_of_experts_run_check_out_and_are_written(ranks: int, tmp_path: Path) -> None:
+    table, sheet = tmp_path / "r.json", tmp_path / "r.csv"
+    done = bench(ranks, "moe", "--shape", "61x32x12x7/3", "--workload", "uniform", "--workload", "zipf", "--workload",
+                 "one_expert", "--dtype", "f32", "--dtype", "bf16", "--seconds", "0.02", "--repeats", "2",
+                 "--json", str(table), "--csv", str(sheet))  # fmt: skip
+    assert done.returncode == 0, done.output
+    result = json.loads(table.read_text())
+    assert len(result["rows"]) == 3 * 2 * 2
+    for row in result["rows"]:
+        assert row["bytes"]["counted"] == row["bytes"]["planned"] >= row["bytes"]["bound"], row
+        assert row["traffic"]["rows"] == row["traffic"]["deduplicated"] <= row["traffic"]["naive"]
+        assert sum(row["pairs"]) == 61 * 3
+        assert row["balance"] >= 1
+        assert set(row["stages"]) == {"route", "dispatch", "products", "combine", "rest"}
+        assert all(seconds > 0 for seconds in row["stages"].values())
+        assert row["repeatable"]
+    assert "all right" in done.stdout
+    with sheet.open() as file:
+        assert len(list(csv.DictReader(file))) == len(result["rows"])
+
+
+def test_decoding_with_fewer_tokens_than_ranks_runs() -> None:
+    done = bench(
+        3, "moe", "--shape", "decode", "--divide", "32", "--tokens", "1", "--dtype", "f32", "--seconds", "0.02"
+    )
+    assert done.returncode == 0, done.output
+    assert "2 measured, 0 not run, all right" in done.stdout
+
+
+def test_a_wrong_gradient_and_a_wrong_plan_of_experts_end_with_status_1() -> None:
+    words = ("moe", "--shape", "40x16x8x4/2", "--dtype", "f32", "--seconds", "0.01")
+    done = run_mpi(2, SPOILED_MOE, args=words, timeout=120)
+    assert done.returncode != 0
+    assert "2 measured, 0 not run, 2 WRONG" in done.stdout, done.output
+    assert "were planned" in done.stdout, done.output
+    assert "conserve" in done.stdout or "error of d_w_down" in done.stdout, done.output
+
+
 def test_gradients_are_timed_and_checked() -> None:
     done = bench(
         2,
@@ -184,6 +245,8 @@ def test_help_names_every_strategy_and_layer() -> None:
         "gemm",
         "attention",
         "mixtral-8x7b",
+        "deepseek-v3",
+        "--workload",
         "--layout",
         "--full",
         "--json",

@@ -78,6 +78,43 @@ def test_attention_of_torch_is_that_of_the_oracle(
         np.testing.assert_allclose(one, other, atol=1e-12)
 
 
+@pytest.mark.parametrize(("gated", "score", "normalize"), [(True, "softmax", True), (True, "sigmoid", True),
+                                                          (False, "softmax", False)])  # fmt: skip
+def test_experts_of_torch_are_the_dense_sum_and_their_gradients_its_differences(
+    gated: bool, score: str, normalize: bool, draw: np.random.Generator
+) -> None:
+    torch = reference("torch")
+    x, router, gate, up, down = (draw.normal(size=shape) for shape in ((9, 4), (4, 5), (5, 4, 3), (5, 4, 3), (5, 3, 4)))
+    dy = draw.normal(size=x.shape)
+    routing = {"top_k": 2, "score": score, "normalize": normalize}
+
+    def dense(arrays: list[Any]) -> Any:
+        x, router, gate, up, down = arrays
+        logits = x @ router
+        scores = 1 / (1 + np.exp(-logits)) if score == "sigmoid" else np.exp(logits)
+        scores = scores if score == "sigmoid" else scores / scores.sum(axis=1, keepdims=True)
+        kept = np.where(scores >= np.sort(scores, axis=1)[:, -2:-1], scores, 0)
+        kept = kept / kept.sum(axis=1, keepdims=True) if normalize else kept
+        hidden = np.einsum("th,ehf->tef", x, up)
+        gates = np.einsum("th,ehf->tef", x, gate) if gated else None
+        hidden = np.maximum(hidden, 0) if gates is None else gates / (1 + np.exp(-gates)) * hidden
+        return np.einsum("te,tef,efh->th", kept, hidden, down)
+
+    arrays = [x, router, gate, up, down]
+    given = [x, router, gate if gated else None, up, down]
+    np.testing.assert_allclose(torch.experts(*given, **routing), dense(arrays), atol=1e-12)
+    gradients = iter(torch.experts_backward(dy, *given, **routing)())
+    for array in (a for a, b in zip(arrays, given, strict=True) if b is not None):
+        gradient, place = next(gradients), tuple(int(draw.integers(n)) for n in array.shape)
+        assert gradient.shape == array.shape
+        kept, step, loss = array[place], 1e-6, []
+        for moved in (kept + step, kept - step):
+            array[place] = moved
+            loss.append(float((dy * dense(arrays)).sum()))
+        array[place] = kept
+        assert gradient[place] == pytest.approx((loss[0] - loss[1]) / (2 * step), rel=1e-5, abs=1e-6)
+
+
 def test_float64_does_not_round_its_inputs_to_their_type(draw: np.random.Generator) -> None:
     a, b = (draw.normal(size=(40, 40)).astype(ml_dtypes.bfloat16) for _ in range(2))
     exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
@@ -101,3 +138,4 @@ def test_types_without_a_fast_product_are_not_offered() -> None:
     assert not open_reference("numpy").supports("bfloat16")
     assert open_reference("float64").supports("bfloat16")
     assert not open_reference("numpy").supports("float32", "attention")
+    assert not open_reference("numpy").supports("float32", "moe")

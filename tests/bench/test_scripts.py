@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in [n for n in os.environ if n.startswith("FIVEDP_BENCH_PYTHON_")]:
         monkeypatch.delenv(name)
     contest = load(BENCH / "peers" / "contest.py")
-    for name in ("products", "attentions"):  # their errors are those of this copy of `contest`
+    for name in ("products", "attentions", "mixtures"):  # their errors are those of this copy of `contest`
         load(BENCH / "peers" / f"{name}.py")
     return contest
 
@@ -52,6 +53,10 @@ def product(m: int, n: int, k: int, dtype: str = "float32") -> Any:
 
 def attention(*sizes: Any, **options: Any) -> Any:
     return sys.modules["attentions"].Attention(*sizes, **options)
+
+
+def mixture(*sizes: Any, **options: Any) -> Any:
+    return sys.modules["mixtures"].Mixture(*sizes, **options)
 
 
 def test_tables_of_the_documentation_are_what_the_results_say() -> None:
@@ -144,7 +149,7 @@ def test_every_suite_puts_fivedp_first_and_gives_all_the_same_cores(peers: Any) 
     for name in suites.NAMES:
         for contest in suites.suite(name, 2, 64):
             first, *others = contest.entries
-            assert first.program in ("fivedp", "fivedp_attention")
+            assert first.program in ("fivedp", "fivedp_attention", "fivedp_moe")
             assert others
             crowded = "ranks on" in contest.title
             # ours on another number of ranks says how well ranks add up, and is no peer
@@ -238,6 +243,129 @@ def test_a_wrong_attention_is_named_and_not_timed(peers: Any, monkeypatch: pytes
         arena.close()
     assert record["entries"] == []
     assert "o is off by" in record["wrong"]["fivedp_attention 1x1"]
+
+
+MIXTURES = ({}, {"workload": "zipf"}, {"workload": "one_expert"})
+
+
+def mixture_by_definition(work: Any, seed: int) -> dict[str, Any]:
+    """y and all gradients in float64, every expert for every token; the gradient of the weights by differences."""
+    peer = sys.modules["moe_peer"]
+    case = {**work.sizes, "dtype": work.dtype, "seed": seed}
+    made = peer.token_inputs(case, np.arange(work.tokens))
+    x, router = made["x"].astype(np.float64), peer.router(case).astype(np.float64)
+    gate, up, down = (w.astype(np.float64) for w in peer.expert_weights(case, range(work.experts)))
+    logits = x @ router
+    kept = np.argsort(-logits, axis=1)[:, : work.top_k]
+
+    def share(z: Any) -> Any:
+        risen = np.zeros_like(z)
+        np.put_along_axis(risen, kept, np.exp(np.take_along_axis(z, kept, axis=1)), axis=1)
+        return risen / risen.sum(axis=1, keepdims=True)
+
+    g, u = (np.einsum("th,ehf->tef", x, w) for w in (gate, up))
+    sigmoid = 1 / (1 + np.exp(-g))
+    out = np.einsum("tef,efh->teh", g * sigmoid * u, down)
+    found = {"y": np.einsum("te,teh->th", share(logits), out)}
+    if work.backward:
+        dy = made["dy"].astype(np.float64)
+        dots, d_logits = np.einsum("th,teh->te", dy, out), np.zeros_like(logits)
+        for e in range(work.experts):
+            for step in (1e-5, -1e-5):
+                moved = logits + step * (np.arange(work.experts) == e)
+                d_logits[:, e] += (share(moved) * dots).sum(axis=1) / (2 * step)
+        d_hidden = share(logits)[:, :, None] * np.einsum("th,efh->tef", dy, down)
+        d_gate, d_up = d_hidden * u * sigmoid * (1 + g * (1 - sigmoid)), d_hidden * g * sigmoid
+        found["dx"] = np.einsum("tef,ehf->th", d_gate, gate) + np.einsum("tef,ehf->th", d_up, up) + d_logits @ router.T
+        found["d_gate"], found["d_up"] = (np.einsum("th,tef->ehf", x, d) for d in (d_gate, d_up))
+        found["d_down"] = np.einsum("te,tef,th->efh", share(logits), g * sigmoid * u, dy)
+    return found
+
+
+@pytest.mark.parametrize("options", MIXTURES, ids=str)
+def test_samples_of_a_mixture_are_those_of_the_dense_sum(peers: Any, options: Any) -> None:
+    work = mixture(40, 20, 9, 5, 2, "float32", backward=True, **options)
+    tokens, units = work.sample(5)
+    found, plain = sys.modules["mixtures"]._expected(work, 5)
+    whole = mixture_by_definition(work, 5)
+    assert len(set(tokens)) == 16
+    for name, rows in found.items():
+        if name in ("y", "dx"):
+            expected = whole[name][tokens]
+        else:
+            expected = np.stack([whole[name][e][u] if name == "d_down" else whole[name][e][:, u] for e, u in units])
+        np.testing.assert_allclose(rows, expected, rtol=1e-6, atol=1e-7)
+        assert np.abs(plain[name]).max() < 1e-3  # the same in float32
+    assert work.flops == 3 * 40 * 2 * 6 * 20 * 9
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_experts_of_two_ranks_under_skew_and_evenly_take_turns(peers: Any, backward: bool) -> None:
+    work, even = (mixture(48, 32, 16, 6, 2, "float32", w, backward) for w in ("one_expert", "uniform"))
+    entries = (peers.Entry("fivedp_moe", 2, 1), peers.Entry("fivedp_moe", 2, 1, work=even))
+    arena = peers.Arena(rounds=2)
+    try:
+        record = arena.hold(peers.Contest("skew", work, entries), seed=5)
+    finally:
+        arena.close()
+    assert record["missing"] == record["wrong"] == {}
+    assert [len(e["samples"]) for e in record["entries"]] == [2, 2]
+    assert "one_expert" in record["shape"]
+
+
+@pytest.mark.parametrize(("program", "ways"), [("torch_moe", ("naive", "deduplicated")), ("torch_experts", ("",)),
+                                               ("numpy_moe", ("",))])  # fmt: skip
+def test_experts_of_others_are_right(peers: Any, program: str, ways: tuple[str, ...]) -> None:
+    if program != "numpy_moe":
+        pytest.importorskip("torch")
+    ranks = 1 if program == "torch_experts" else 2
+    arena = peers.Arena(rounds=1)
+    try:
+        for number, options in enumerate(MIXTURES):
+            for backward in (False, True)[: 1 if program == "numpy_moe" else 2]:
+                dtype = ("float32", "bfloat16")[number % 2 if program != "numpy_moe" else 0]
+                work = mixture(48, 32, 16, 6, 2, dtype, backward=backward, **options)
+                entries = tuple(peers.Entry(program, ranks, 1, way) for way in ways)
+                record = arena.hold(peers.Contest("others", work, entries), seed=5)
+                assert record["missing"] == record["wrong"] == {}
+    finally:
+        arena.close()
+
+
+def test_products_are_left_out_of_the_time_where_only_the_rest_is_asked_for(peers: Any) -> None:
+    moe_peer, worker = sys.modules["moe_peer"], sys.modules["worker"]
+
+    class Sleeper(moe_peer.MoePeer):  # type: ignore[name-defined, misc]
+        def prepare(self, case: dict[str, Any]) -> None:
+            self.case = case
+
+        def run(self) -> None:
+            with self.products():
+                time.sleep(0.2)
+
+        def outcome(self) -> dict[str, Any]:
+            return {}
+
+    sleeper = Sleeper()
+    for outside in (False, True):
+        worker._answer(sleeper, {"do": "prepare", "case": {"outside": outside}})
+        (seconds,) = worker._answer(sleeper, {"do": "time", "repeats": 1, "inner": 2})["seconds"]
+        assert (seconds < 0.2) == outside
+
+
+def test_a_wrong_mixture_is_named_and_not_timed(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver expects tokens to have one expert more than the program was told."""
+    mixtures = sys.modules["mixtures"]
+    right = mixtures._expected
+    monkeypatch.setattr(mixtures, "_expected", lambda work, seed: right(replace(work, top_k=3), seed))
+    arena = peers.Arena(rounds=1)
+    try:
+        contest = peers.Contest("one", mixture(40, 32, 16, 6, 2, "bfloat16"), (peers.Entry("fivedp_moe", 2, 1),))
+        record = arena.hold(contest, seed=5)
+    finally:
+        arena.close()
+    assert record["entries"] == []
+    assert "y is off by" in record["wrong"]["fivedp_moe 2x1"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")

@@ -84,7 +84,7 @@ class Trial(Protocol):
         ...
 
     def facts(self) -> Row:
-        """Further fields of the row that are known without a call; those under "memory" join the peak."""
+        """Further fields of the row, found without being timed; those under "memory" join the peak. Collective."""
         ...
 
     def bits(self) -> bytes:

@@ -41,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true", help="real sizes, every layout and type: many minutes")
     parser.add_argument("--shape", action="append", help="a model, a layer or sizes, see below; repeatable")
     parser.add_argument("--dtype", action="append", type=_dtype, help="f32, f64, bf16; gemm: c64, c128; repeatable")
-    parser.add_argument("--tokens", type=_positive, help="rows of a layer, length of a sequence (default 2048)")
+    parser.add_argument("--tokens", type=_positive, help="rows of a layer, length of a sequence, tokens of all ranks")
     parser.add_argument(
-        "--backward", action="store_true", help="gemm: the gradients with the product; attention: the gradients only"
+        "--backward", action="store_true", help="gemm: the gradients with the product; others: the gradients only"
     )
     parser.add_argument(
         "--order", choices=["tree", "canonical", "fast", "ring"],

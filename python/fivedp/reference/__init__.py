@@ -27,7 +27,7 @@ class Reference(Protocol):
     name: str
 
     def supports(self, dtype: str, operation: str = "matmul") -> bool:
-        """Whether "matmul" or "attention" of this type is worth timing: float16 in NumPy, for one, has no BLAS."""
+        """Whether "matmul", "attention" or "moe" of this type is worth timing: float16 in NumPy has no BLAS."""
         ...
 
     def set_threads(self, threads: int) -> None:

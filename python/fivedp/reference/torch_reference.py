@@ -81,6 +81,45 @@ class Torch:
 
         return call
 
+    def experts(
+        self, x: NDArray[Any], router: NDArray[Any], w_gate: NDArray[Any] | None, w_up: NDArray[Any],
+        w_down: NDArray[Any], *, top_k: int, score: str = "softmax", normalize: bool = True,
+    ) -> NDArray[Any]:  # fmt: skip
+        """A mixture of experts of tokens x (T, H), as the Mixtral block of Hugging Face has it; relu without a gate."""
+        with torch.no_grad():
+            tensors = [None if a is None else to_tensor(a) for a in (x, router, w_gate, w_up, w_down)]
+            return to_array(_experts(*tensors, top_k=top_k, score=score, normalize=normalize))
+
+    def experts_backward(
+        self, dy: NDArray[Any], x: NDArray[Any], router: NDArray[Any], w_gate: NDArray[Any] | None,
+        w_up: NDArray[Any], w_down: NDArray[Any], *, top_k: int, score: str = "softmax", normalize: bool = True,
+    ) -> Callable[[], tuple[NDArray[Any], ...]]:  # fmt: skip
+        """A function that computes the gradients of all five (without the gate's where there is none) by autograd."""
+        tensors = [None if a is None else to_tensor(a) for a in (x, router, w_gate, w_up, w_down)]
+        given = [None if a is None else a.detach().requires_grad_() for a in tensors]
+        y = _experts(*given, top_k=top_k, score=score, normalize=normalize)
+        leaves, gradient = [a for a in given if a is not None], to_tensor(dy)
+        return lambda: tuple(to_array(g) for g in torch.autograd.grad(y, leaves, gradient, retain_graph=True))
+
+
+def _experts(
+    x: Any, router: Any, w_gate: Any, w_up: Any, w_down: Any, *, top_k: int, score: str, normalize: bool
+) -> torch.Tensor:
+    """Every expert in turn takes its tokens out, and adds what it makes of them."""
+    logits = (x @ router).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scores = torch.sigmoid(logits) if score == "sigmoid" else torch.softmax(logits, dim=1)
+    weights, chosen = torch.topk(scores, top_k, dim=1)
+    if normalize:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    weights, y = weights.to(x.dtype), torch.zeros_like(x)
+    for expert in torch.unique(chosen).tolist():
+        token, slot = torch.where(chosen == expert)
+        rows = x[token]
+        up = rows @ w_up[expert]
+        hidden = torch.relu(up) if w_gate is None else torch.nn.functional.silu(rows @ w_gate[expert]) * up
+        y = y.index_add(0, token, (hidden @ w_down[expert]) * weights[token, slot, None])
+    return y
+
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     """(B, H, S, D) from (B, S, H, D): the transposes are views."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fivedp.bench.cases import attention, gemm
+from fivedp.bench.cases import attention, gemm, moe
 from fivedp.bench.family import Family
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
     gemm.FAMILY,
     attention.FAMILY,
+    moe.FAMILY,
 )}  # fmt: skip
