@@ -14,8 +14,10 @@ import fivedp
 from mpi_launcher import run_mpi
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-EXAMPLES = sorted(path for path in ROOT.glob("docs/examples/*.py") if path.stem != "from_cupy")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/labs/*.md")])
+EXAMPLES = sorted(
+    path for path in [*ROOT.glob("docs/examples/*.py"), *ROOT.glob("docs/labs/*.py")] if path.stem != "from_cupy"
+)
 SESSIONS = [path for path in DOCUMENTS if ">>> " in path.read_text()]
 
 
@@ -27,7 +29,12 @@ def test_relative_links_resolve(document: Path) -> None:
 
 
 def test_documents_print_plans() -> None:
-    assert {path.name for path in SESSIONS} >= {"sharded_gemm.md", "ring_attention.md"}
+    assert {path.name for path in SESSIONS} >= {
+        "sharded_gemm.md",
+        "ring_attention.md",
+        "expert_parallelism.md",
+        "large_scale_experts.md",
+    }
 
 
 @pytest.mark.parametrize("document", SESSIONS, ids=lambda path: path.name)
@@ -58,8 +65,16 @@ def test_example_runs(example: Path, n_ranks: int) -> None:
     assert done.returncode == 0, done.output
     if example.stem == "from_numpy":
         assert "equal to a @ b: True" in done.stdout
-    if example.stem == "ring_attention" and n_ranks == 4:
+    if example.stem in ("ring_attention", "expert_layer") and n_ranks == 4:
         assert done.stdout.strip() in (ROOT / "README.md").read_text()
+    if example.stem == "expert_layer":
+        assert "False" not in done.stdout
+    if example.parent.name == "labs":
+        shown = example.with_suffix(".md").read_text()
+        varying = ("time", f"these {n_ranks} ranks") if n_ranks != 4 else ("time",)
+        lines = [line for line in done.stdout.splitlines() if not line.startswith(varying)]
+        assert len(lines) > 25
+        assert all(line in shown.splitlines() for line in lines)
     if example.stem == "pca_digits":
         errors = [float(text) for text in re.findall(r"variances (\S+),", done.stdout)]
         assert len(errors) == 2
