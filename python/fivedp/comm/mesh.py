@@ -15,6 +15,8 @@ from fivedp.comm.grid import RankGrid, resolve_axes
 from fivedp.errors import LayoutError, MeshError
 
 AXES = ("pp", "dp", "sp", "ep", "tp")
+TOKEN_AXES = ("dp", "sp", "ep")
+"""Those over which the tokens of a batch are cut; along the others ranks hold the same tokens."""
 
 
 class Axis:

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, grid_of
-from fivedp.comm.mesh import Mesh
+from fivedp.comm.mesh import TOKEN_AXES, Mesh
 from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import ShapeError
 from fivedp.ops.arguments import Arguments, pack, unpack, verdict
@@ -31,7 +31,7 @@ class BatchRanks:
     operation : str
         For messages.
     comm : Mesh or MPI.Intracomm, optional
-        None for this rank alone.
+        Of a mesh, the axes over which tokens are cut; None for this rank alone.
     arrays : dict of str to array
         What the call was given; only the first dimension may differ from rank to rank, and only where it is `free`.
     text : str
@@ -65,7 +65,8 @@ class BatchRanks:
             if error is not None:
                 raise error
             return
-        self.group = grid_of(comm).everyone()
+        grid = grid_of(comm)
+        self.group = grid.group(TOKEN_AXES) if isinstance(comm, Mesh) else grid.everyone()
         self.size, self.index = self.group.size, self.group.index
         kinds = [None if error or array.dtype.kind in "iu" else str(array.dtype) for array in arrays.values()]
         missing = (None,) * (3 - len(arrays))

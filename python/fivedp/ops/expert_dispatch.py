@@ -21,8 +21,8 @@ import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.agreement import agreement_of
-from fivedp.comm.grid import Group, grid_of
-from fivedp.comm.mesh import Mesh
+from fivedp.comm.grid import Group, grid_of, resolve_axes
+from fivedp.comm.mesh import TOKEN_AXES, Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
@@ -193,6 +193,47 @@ def agree(
                 )
     share_cores(group.grid)
     return what, everyone
+
+
+def agree_along(
+    operation: str, comm: Mesh | MPI.Intracomm, tensor: str | None, text: str, x: Array, error: ValueError | None
+) -> tuple[str, list[int]]:
+    """As `agree`, with the ranks along axis `tensor` as well; and the number of tokens of every member of `group_of`.
+
+    Ranks along `tensor` must have the same number of tokens.
+    """
+    group = group_of(comm)
+    grid = group.grid
+    together = group
+    if tensor is not None and tensor in grid.names:
+        together = grid.group(resolve_axes(grid.names, ("ep", tensor)))
+    what, everyone = agree(operation, together, text, (x,), error)
+    tokens = {member: shapes[0] for member, other in zip(together.members, everyone, strict=True)
+              if (shapes := other.shapes[0]) is not None}  # fmt: skip
+    if together is not group:
+        place = grid.names.index("ep")
+        first: dict[int, int] = {}
+        for member, count in tokens.items():
+            twin = first.setdefault(grid.coords[member][place], member)
+            if count != tokens[twin]:
+                raise ShapeError(
+                    f"{operation}: `{ARRAY_NAMES[operation][0]}` has {count} rows on rank {member} and "
+                    f"{tokens[twin]} on rank {twin}; along {tensor} all ranks hold the same tokens"
+                )
+    return what, [tokens[member] for member in group.members]
+
+
+def check_tensor_axis(operation: str, comm: Any, tensor: str | None) -> None:
+    """Raise where `tensor` is no axis of a mesh that leaves tokens whole."""
+    if tensor is None:
+        return
+    if not isinstance(comm, Mesh):
+        raise LayoutError(
+            f"{operation}: tensor is {tensor!r} and the mesh a {type(comm).__name__}; expected a fivedp.Mesh"
+        )
+    right = [axis for axis in comm.shape if axis not in TOKEN_AXES]
+    if tensor not in right:
+        raise LayoutError(f"{operation}: tensor is {tensor!r}; expected one of the axes {' and '.join(right)}")
 
 
 def check_rows(operation: str, name: str, array: Any, shape: tuple[int | None, ...], types: Sequence[Any]) -> None:

@@ -31,9 +31,10 @@ from fivedp.ops.expert_dispatch import (
     WIRES,
     Dispatched,
     DispatchPlan,
-    agree,
+    agree_along,
     check_routing,
     check_rows,
+    check_tensor_axis,
     combine,
     group_of,
     in_type,
@@ -64,6 +65,7 @@ class ExpertLayerState:
         The products before the activation; `gate` only where the activation has one.
     activation : str
     comm : Mesh or MPI.Intracomm
+    tensor : str or None
     """
 
     routing: Routing
@@ -77,6 +79,7 @@ class ExpertLayerState:
     up: Array
     activation: str
     comm: Mesh | MPI.Intracomm
+    tensor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def expert_layer(
     routing: Routing | None = None,
     wire: str = "same",
     keep: bool = False,
+    tensor: str | None = None,
     **route_keywords: Any,
 ) -> Any:
     """A mixture of experts, each a two-layer perceptron.
@@ -124,7 +128,8 @@ def expert_layer(
     w_down : (E_local, F, H)
         The weights of this rank's experts: the block rule's share of E, which may be none. Any strides.
     comm : Mesh or MPI.Intracomm
-        Its ranks own the experts; of a mesh, those of axis ep. Capacity and losses are those of all its ranks' tokens.
+        Its ranks own the experts; of a mesh, those of axis ep. Capacity and losses are those of the tokens of all
+        ranks, of a mesh those along dp, sp and ep.
     top_k : int
         Experts of a token.
     activation : {"swiglu", "gelu", "gelu_tanh", "relu", "silu"}
@@ -136,6 +141,10 @@ def expert_layer(
         As in `expert_dispatch`.
     keep : bool
         Whether to return what the backward needs.
+    tensor : str, optional
+        An axis of the mesh over which every expert is cut as well: w_up and w_gate have some of its hidden features as
+        columns, w_down as rows. Ranks along it give the same tokens and get the same y and gradients of x and of the
+        router. A sum over F is then one over these ranks: the bits depend on how many there are, not on those of ep.
     **route_keywords
         Of `fivedp.route`: score, normalize, capacity_factor, bias, groups, ...
 
@@ -160,6 +169,7 @@ def expert_layer(
     name, group, error = "expert_layer", group_of(comm), None
     n_experts = 0
     try:
+        check_tensor_axis(name, comm, tensor)
         n_experts = _check(group.size, group.index, x, router, w_up, w_gate, w_down, activation, wire)
         if routing is not None:
             check_routing(name, routing, len(x))
@@ -169,6 +179,8 @@ def expert_layer(
                 raise LayoutError(f"{name}: routing is given, and so is {next(iter(route_keywords))}; expected either")
     except ValueError as found:
         error = found
+    if tensor:  # ranks along it make their routings apart from each other, so they must hear of an error before
+        agree_along(name, comm, tensor, f"top_k={top_k}, {activation}, wire={wire}, tensor={tensor}", x, error)
     alone = not (keep or route_keywords.get("capacity_factor") or route_keywords.get("choice", "token") != "token")
     if error is not None and routing is None and not alone:
         # The others are about to make a routing, perhaps with more ranks than those of this group.
@@ -185,11 +197,11 @@ def expert_layer(
                 raise
             error = found
     columns = 0 if error is not None else w_up.shape[2]
-    text = f"{n_experts} experts of {columns}, top_k={top_k}, {activation}, wire={wire}"
-    what, everyone = agree(name, group, text, (x,), error)
+    size = "" if tensor else f" of {columns}"
+    text = f"{n_experts} experts{size}, top_k={top_k}, {activation}, wire={wire}, tensor={tensor}"
+    what, n_tokens = agree_along(name, comm, tensor, text, x, error)
     assert routing is not None
-    n_tokens = [shapes[0] for other in everyone if (shapes := other.shapes[0]) is not None]
-    y = np.empty((len(x), x.shape[1]), x.dtype)
+    y = np.empty(x.shape, sum_type(x.dtype) if tensor else x.dtype)
     with mailbox(group, what, np) as mail:
         plan = plan_dispatch(mail, routing, x, n_tokens, wire, sum_type(x.dtype))
         work = SharedWork(mail, plan, columns, n_phases=2)
@@ -224,11 +236,20 @@ def expert_layer(
         combine(mail, plan, work.result("out"), y, weighted=True)
         kept = {name: work.result(name) for name in _products(activation)} if keep else {}
         work.end()
+    if tensor:
+        y = _sum_along(y, tensor, comm).astype(x.dtype, copy=False)
     if not keep:
         return y
     return y, ExpertLayerState(
-        routing, plan, x, router, w_up, w_gate, w_down, kept.get("gate"), kept["up"], activation, comm
+        routing, plan, x, router, w_up, w_gate, w_down, kept.get("gate"), kept["up"], activation, comm, tensor
     )
+
+
+def _sum_along(part: Array, axis: str, mesh: Mesh | MPI.Intracomm) -> Array:
+    """The sum of the ranks' arrays along an axis, on all of them: a product with a row of ones."""
+    one = np.ones((1, 1), part.dtype)
+    whole: Array = sharded_matmul(one, part.reshape(1, -1), f"m k/{axis}, k/{axis} n -> m n", mesh)
+    return whole.reshape(part.shape)
 
 
 def _products(activation: str) -> tuple[str, ...]:
@@ -266,10 +287,13 @@ def expert_layer_backward(
         check_rows(name, "dy", dy, x.shape, (x.dtype,))
     except ValueError as found:
         error = found
-    what, _ = agree(name, plan.group, f"{plan.cut.n_experts} experts", (dy,), error)
+    text = f"{plan.cut.n_experts} experts, tensor={state.tensor}"
+    what, _ = agree_along(name, state.comm, state.tensor, text, dy, error)
     dx = np.empty(x.shape, plan.sums)
     with mailbox(plan.group, what, np) as mail:
         gradients, d_weights = _through_experts(mail, dy, state, dx)
+    if state.tensor:
+        dx, d_weights = (_sum_along(part, state.tensor, state.comm) for part in (dx, d_weights))
     if state.routing.state is not None:
         d_logits = route_backward(d_weights, state.routing, d_aux_loss=d_aux_loss, d_z_loss=d_z_loss)
         router = state.router.astype(plan.sums, copy=False)
@@ -359,9 +383,7 @@ def _over_tokens(x: Array, d_logits: Array, state: ExpertLayerState) -> Array:
     # Shares of any other lengths: the ranks' sums are added in a tree over ranks.
     partial = np.empty((x.shape[1], d_logits.shape[1]), x.dtype)
     gemm(x.T, d_logits, partial)
-    one = np.ones((1, 1), x.dtype)
-    whole = sharded_matmul(one, partial.reshape(1, -1), f"m k/{axes}, k/{axes} n -> m n", state.comm)
-    return whole.reshape(partial.shape)
+    return _sum_along(partial, axes, state.comm)
 
 
 def _check(

@@ -156,7 +156,7 @@ def route(
         "expert": every expert takes the tokens with its highest scores, as many as its capacity (factor 1 where it is
         None). Then k is the largest number of experts that took a token of this rank.
     comm : Mesh or MPI.Intracomm, optional
-        The ranks that hold the batch; None for this rank alone.
+        The ranks that hold the batch, of a mesh those along dp, sp and ep; None for this rank alone.
 
     Returns
     -------
