@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 import fivedp
+from drawn_cases import cases
 from fivedp.kernels.routing import Rule
 from fivedp.ops.capacity import capacity_of
 from fivedp.reference import routing_reference as oracle
@@ -40,7 +41,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=120)
+@settings(max_examples=cases(120))
 @given(
     call=calls(),
     seed=st.integers(0, 2**32 - 1),
