@@ -30,12 +30,19 @@ COLOURS = {
 
 
 def measured(result: Result, label: str = "square") -> list[dict[str, Any]]:
-    """The forward rows that ran and were right: products with `label`, or attentions where no product was measured."""
+    """The forward rows that ran and were right: products with `label`, or what else was measured where none was."""
     rows = [r for r in result["rows"] if not r.get("skipped") and not r["wrong"] and not r["backward"]]
     products = [r for r in rows if r["kernel"] == "gemm"]
     if products or not rows:
         return [r for r in products if r["label"] == label]
-    return [r | {"known_as": f"{r['label']}, {r['mask']}: {r['known_as']}"} for r in rows]
+    return [r | {"known_as": _name(r)} for r in rows]
+
+
+def _name(row: dict[str, Any]) -> str:
+    """What an attention or a mixture of experts is called in a picture."""
+    if "mask" in row:
+        return f"{row['label']}, {row['mask']}: {row['known_as']}"
+    return f"{row['label']}, {row['workload']}"
 
 
 def largest(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:

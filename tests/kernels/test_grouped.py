@@ -282,10 +282,10 @@ def test_progress_is_called_from_this_thread_and_its_exception_passed_on(
     rng: np.random.Generator, threads: int
 ) -> None:
     kernel.set_threads(threads)
-    counts, h, f = [300, 0, 500], 700, 600
+    counts, h, f = [1500, 0, 2500], 700, 600  # long enough for several calls, also of two quick threads
     borders = offsets_of(counts)
-    x, w = draw(rng, (800, h), np.float32), draw(rng, (3, h, f), np.float32)
-    dy, y, dw = draw(rng, (800, f), np.float32), poisoned((800, f), np.float32), poisoned(w.shape, np.float32)
+    x, w = draw(rng, (4000, h), np.float32), draw(rng, (3, h, f), np.float32)
+    dy, y, dw = draw(rng, (4000, f), np.float32), poisoned((4000, f), np.float32), poisoned(w.shape, np.float32)
     calls = {
         "matmul": lambda progress: grouped_matmul(x, w, borders, y, progress=progress),
         "outer": lambda progress: grouped_outer(x, dy, borders, dw, progress=progress),
