@@ -5,12 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
 #include "common/thread_pool.hpp"
+#include "cpu/block_queue.hpp"
 #include "cpu/dispatch.hpp"
 
 namespace fivedp {
@@ -18,22 +17,6 @@ namespace {
 
 // Below this many visible pairs times heads waking a second thread costs more than it saves.
 constexpr double smallest_parallel_pairs = 64 * 1024, smallest_parallel_elements = 256 * 1024;
-
-struct FreeScratch {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
-char* scratch(std::int64_t bytes) {
-    thread_local std::unique_ptr<char, FreeScratch> buffer;
-    thread_local std::int64_t size = 0;
-    if (size < bytes) {
-        buffer.reset();
-        size = 0;
-        buffer.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(bytes), std::align_val_t(64))));
-        size = bytes;
-    }
-    return buffer.get();
-}
 
 const AttentionKernel& kernel_of(const AttentionProblem& problem) {
     const KernelTable& table = kernels();

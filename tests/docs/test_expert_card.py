@@ -14,10 +14,11 @@ import numpy.typing as npt
 import pytest
 
 import fivedp
+from fivedp.kernels._select import sum_type
 from fivedp.layout.dispatch import Incoming, Outgoing, owners_to_help
 from fivedp.layout.experts import cut_experts, subtrees
 from fivedp.layout.shares import share
-from fivedp.ops.expert_dispatch import DispatchPlan, sum_type
+from fivedp.ops.expert_dispatch import DispatchPlan
 from mpi_launcher import run_mpi
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ import mpi_dispatch
 from drawn_cases import cases
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
-from fivedp.ops.expert_layer import ACTIVATIONS
+from fivedp.kernels.experts import ACTIVATIONS
 from mpi_experts import LYING, Case, collected, draw_case, window_from, work_is_shared
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8)

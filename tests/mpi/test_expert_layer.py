@@ -12,8 +12,8 @@ from mpi4py import MPI
 import fivedp
 from fivedp import DTypeError, LayoutError, ShapeError
 from fivedp.comm.grid import grid_of
+from fivedp.kernels.experts import ACTIVATIONS
 from fivedp.layout.experts import cut_experts
-from fivedp.ops.expert_layer import ACTIVATIONS
 from mpi_experts import (
     BFLOAT16,
     DTYPES,

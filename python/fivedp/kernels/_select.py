@@ -57,3 +57,8 @@ def raw(array: Any, who: str) -> Any:
     if dtype == _U16:
         raise TypeError(f"{who} is uint16; float32, float64 or bfloat16 would be right")
     return array
+
+
+def sum_type(dtype: Any) -> np.dtype[Any]:
+    """The type in which sums over elements of `dtype` are kept and travel: float64 for float64, else float32."""
+    return np.dtype(np.float64) if np.dtype(dtype) == np.float64 else np.dtype(np.float32)

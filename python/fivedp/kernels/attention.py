@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fivedp import _cpu
-from fivedp.kernels._select import raw
+from fivedp.kernels._select import raw, sum_type
 
 Array = Any
 Places = npt.NDArray[np.int32]
@@ -77,11 +77,6 @@ class State:
     highest: Array
     total: Array
     output: Array
-
-
-def sum_type(dtype: Any) -> np.dtype[Any]:
-    """The type of sums: float64 for float64, else float32."""
-    return np.dtype(np.float64) if np.dtype(dtype) == np.float64 else np.dtype(np.float32)
 
 
 def empty_state(q: Array, v_size: int) -> State:

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fivedp import _cpu
-from fivedp.kernels._select import raw
-from fivedp.kernels.attention import sum_type
+from fivedp.kernels._select import raw, sum_type
 
 Array = Any
 Integers = npt.NDArray[np.int64]

@@ -21,7 +21,8 @@ from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, RankGrid
 from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
-from fivedp.kernels.attention import Mask, sum_type
+from fivedp.kernels._select import sum_type
+from fivedp.kernels.attention import Mask
 from fivedp.kernels.attention import delta as delta_of
 from fivedp.layout.ring_travel import Sizes, Visibility
 from fivedp.layout.sequence import LAYOUTS, Tokens, place, token_indices

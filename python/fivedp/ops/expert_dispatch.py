@@ -26,6 +26,7 @@ from fivedp.comm.mesh import TOKEN_AXES, Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
+from fivedp.kernels._select import sum_type
 from fivedp.kernels.experts import Rows
 from fivedp.layout.dispatch import Incoming, Outgoing, SumTable, pair_type
 from fivedp.layout.experts import ExpertCut, cut_experts
@@ -40,11 +41,6 @@ WIRES = ("same", "bfloat16")
 # The first message to an owner has room for so many bytes of pairs, behind the number of pairs that this rank has for
 # every owner. Where a rank has few tokens (decoding) that is all of them, and no message is spent on counts.
 _FIRST_PAIRS_BYTES = 4080
-
-
-def sum_type(dtype: Any) -> np.dtype[Any]:
-    """In which partial sums are kept and travel."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def group_of(comm: Mesh | MPI.Intracomm) -> Group:

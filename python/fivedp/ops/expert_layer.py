@@ -23,6 +23,7 @@ from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import Mailbox, mailbox
 from fivedp.errors import LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
+from fivedp.kernels._select import sum_type
 from fivedp.kernels.gemm import gemm
 from fivedp.layout.shares import share
 from fivedp.ops.batch_ranks import BatchRanks
@@ -40,7 +41,6 @@ from fivedp.ops.expert_dispatch import (
     in_type,
     plan_dispatch,
     scalars_home,
-    sum_type,
 )
 from fivedp.ops.matmul import sharded_matmul
 from fivedp.ops.routing import Routing, route, route_backward
@@ -48,7 +48,6 @@ from fivedp.ops.work_sharing import Item, Job, SharedWork, Work
 
 Array = Any
 GATED = ("swiglu",)
-ACTIVATIONS = (*GATED, "gelu", "gelu_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True)
@@ -409,8 +408,8 @@ def _check(
         raise ShapeError(
             f"{name}: `w_up` is of {len(w_up)} experts; the block rule gives this rank {end - begin} of {n_experts}"
         )
-    if activation not in ACTIVATIONS:
-        raise LayoutError(f"{name}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if activation not in kernel.ACTIVATIONS:
+        raise LayoutError(f"{name}: activation is {activation!r}; expected one of {', '.join(kernel.ACTIVATIONS)}")
     if (w_gate is not None) != (activation in GATED):
         given = "is None" if w_gate is None else "is given"
         raise LayoutError(f"{name}: activation is {activation!r} and `w_gate` {given}; only swiglu has a gate")

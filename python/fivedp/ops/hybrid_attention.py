@@ -24,7 +24,7 @@ from fivedp.comm.grid import Group, RankGrid, grid_of, resolve_axes
 from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, mailbox
 from fivedp.errors import LayoutError
-from fivedp.kernels import attention as kernel
+from fivedp.kernels._select import sum_type
 from fivedp.layout.ring_travel import Visibility
 from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order
 from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, with_defaults
@@ -316,7 +316,7 @@ def _forward(operation: str, places: _Places, q: Array, k: Array, v: Array, give
         with mailbox(part.group, part.what, np) as mail:
             lse = forward(part, mail, inner)
     else:  # no heads for this rank, nor for any of its ring
-        lse = np.empty((part.q.shape[0], 0, part.q.shape[1]), kernel.sum_type(q.dtype))
+        lse = np.empty((part.q.shape[0], 0, part.q.shape[1]), sum_type(q.dtype))
     with mailbox(exchange.group, call.what, np) as mail:
         out = np.concatenate(exchange.scatter(mail, inner, exchange.queries, False, "A"), axis=2)
         lse_out = np.concatenate(exchange.scatter(mail, lse, exchange.queries, False, "B", axis=2), axis=1)

@@ -20,7 +20,8 @@ from fivedp.bench.cases.attention import ORDERS, Case, Strategy
 from fivedp.bench.family import Row
 from fivedp.bench.measure import Bench, digest
 from fivedp.bench.visibility import Indices, Sight, held, offsets
-from fivedp.kernels.attention import Mask, sum_type
+from fivedp.kernels._select import sum_type
+from fivedp.kernels.attention import Mask
 from fivedp.layout.explain_attention import Price, attention_prices
 from fivedp.layout.ring_travel import Sizes
 from fivedp.layout.sequence import HeadCut

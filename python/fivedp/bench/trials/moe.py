@@ -23,10 +23,11 @@ from fivedp.bench.mixture import Inputs, Weights
 from fivedp.bench.moe_check import Check
 from fivedp.bench.pieces import span
 from fivedp.bench.stages import Stopwatch
+from fivedp.kernels._select import sum_type
 from fivedp.layout.dispatch import pair_type
 from fivedp.layout.experts import cut_experts
 from fivedp.layout.explain import plan_for
-from fivedp.ops.expert_dispatch import Dispatched, pairs_bytes, sum_type
+from fivedp.ops.expert_dispatch import Dispatched, pairs_bytes
 from fivedp.ops.work_sharing import SharedWork
 
 Array = NDArray[Any]
