@@ -10,10 +10,6 @@ namespace py = pybind11;
 namespace fivedp {
 namespace {
 
-Stream stream_of(std::uintptr_t number) {
-    return reinterpret_cast<Stream>(number);
-}
-
 void rms_norm(const py::object& x_object, const py::object& gain_object, const py::object& y_object,
               const py::object& inverse_object, double epsilon, std::uintptr_t stream) {
     const DeviceArray x = device_array(x_object, "rms_norm: x"), y = device_array(y_object, "rms_norm: y");

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common/check.hpp"
-#include "cuda/pointwise.hpp"
+#include "cuda/device_type.hpp"
 
 namespace fivedp {
 
@@ -80,6 +80,11 @@ inline DeviceType number_type(const DeviceArray& array, const char* who) {
     if (array.type == "f2") return DeviceType::f16;
     throw pybind11::type_error(std::string(who) + " has type " + array.type +
                                "; float32, float64, float16 or bfloat16 would be right");
+}
+
+// A stream as Python has it.
+inline Stream stream_of(std::uintptr_t number) {
+    return reinterpret_cast<Stream>(number);
 }
 
 inline const char* sum_type_of(DeviceType type) {

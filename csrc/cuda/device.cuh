@@ -17,7 +17,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/stream.hpp"
+#include "cuda/device_type.hpp"
 
 // A kernel of so many threads a block, at least so many blocks on a multiprocessor at a time.
 #define FIVEDP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)

@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-#include "cuda/stream.hpp"
+#include "cuda/device_type.hpp"
 
 namespace fivedp {
-
-enum class DeviceType : int { f32, f64, bf16, f16 };
 
 // y = x / sqrt(mean(x^2) + epsilon) * gain, row by row; elements of a row are contiguous, strides in elements.
 struct RmsNormProblem {

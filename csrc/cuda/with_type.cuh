@@ -1,8 +1,8 @@
 // From an element type known at run time to a template's argument.
 #pragma once
 
+#include "cuda/device_type.hpp"
 #include "cuda/elements.cuh"
-#include "cuda/pointwise.hpp"
 
 namespace fivedp {
 

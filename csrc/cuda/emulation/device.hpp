@@ -13,7 +13,7 @@
 #include <cstring>
 #include <functional>
 
-#include "cuda/stream.hpp"
+#include "cuda/device_type.hpp"
 
 #define FIVEDP_KERNEL(threads, blocks) static void
 #define FIVEDP_DEVICE inline
