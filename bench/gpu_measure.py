@@ -2,8 +2,9 @@
 
     python bench/gpu_measure.py --json results.json
 
-Every case runs on fresh random inputs, alternates with its peer, is timed with events, and is the median of at least seven runs.
-A case that can't run says why and does not stop the others; a result off by more than its rounding is WRONG.
+Every case runs on fresh random inputs, alternates with its peer, is timed with events, and is the median of seven runs.
+A case that can't run says why and does not stop the others. Whether results are right is for tests/gpu to say, which
+bench/gpu_check.sh runs before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +185,7 @@ def grouped(rows: int, n_experts: int, width: int, hidden: int) -> Row:
     theirs = cupy.empty_like(out)
 
     def peer() -> None:
-        for expert, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for expert, (begin, end) in enumerate(pairwise(offsets)):
             cupy.matmul(x[begin:end], w[expert], out=theirs[begin:end])
 
     mine, other = timed(lambda: experts.grouped_matmul(x, w, offsets, out), peer)
