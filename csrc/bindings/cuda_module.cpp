@@ -9,6 +9,9 @@
 #endif
 
 namespace fivedp {
+#ifdef FIVEDP_CUDA_EMULATED
+void run_fault(int which, const float* x, float* y, int n, bool faulty);
+#endif
 void bind_cuda_pointwise(pybind11::module_& module);
 }  // namespace fivedp
 
@@ -17,5 +20,8 @@ PYBIND11_MODULE(FIVEDP_CUDA_MODULE, module) {
     fivedp::bind_cuda_pointwise(module);
 #ifdef FIVEDP_CUDA_EMULATED
     module.def("set_seed", &fivedp::emulation::set_seed);
+    module.def("run_fault", [](int which, std::uintptr_t x, std::uintptr_t y, int n, bool faulty) {
+        fivedp::run_fault(which, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n, faulty);
+    });
 #endif
 }
