@@ -21,12 +21,12 @@ from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, RankGrid
 from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import library_of, sum_type
 from fivedp.kernels.attention import Mask
 from fivedp.kernels.attention import delta as delta_of
 from fivedp.layout.ring_travel import Sizes, Visibility
 from fivedp.layout.sequence import LAYOUTS, Tokens, place, token_indices
-from fivedp.ops.arguments import Arguments, pack, unpack, verdict
+from fivedp.ops.arguments import Arguments, array_kind, pack, unpack, verdict
 
 Array = Any
 ORDERS = ("ring", "canonical")
@@ -167,6 +167,11 @@ class Part:
     slopes: tuple[float, ...] | None
 
     @property
+    def xp(self) -> Any:
+        """Where the arrays live: numpy or cupy."""
+        return library_of(self.q)
+
+    @property
     def queries(self) -> Tokens:
         """This member's."""
         return self.visibility.queries[self.group.index]
@@ -239,9 +244,14 @@ class AttentionCall:
         options = Options()
         shapes: tuple[tuple[int, ...] | None, ...] = (None, None, None)
         dtypes: tuple[str | None, ...] = (None, None, None)
+        kind = "numpy"
+        self.xp: Any = np
+        """Where the arrays live: numpy or cupy."""
         try:
             options = read_options(operation, **keywords)
             self.packed = options.cu_seqlens is not None
+            kind = array_kind(q, "q", operation)
+            self.xp = library_of(q)
             _check_arrays(operation, q, k, v, options, keywords, others or {})
             shapes = tuple(tuple(x.shape) for x in (q, k, v))
             dtypes = tuple(str(x.dtype) for x in (q, k, v))
@@ -252,7 +262,7 @@ class AttentionCall:
         if queries_everywhere and options.placed:
             text += f" positions {zlib.crc32(np.asarray(keywords['positions'], np.int64).tobytes()):x}"
         self.what = f"called {operation} with {text}"
-        arguments = Arguments(operation, text, shapes, dtypes, "numpy", "tree", "sum", 1.0, 0.0, error)
+        arguments = Arguments(operation, text, shapes, dtypes, kind, "tree", "sum", 1.0, 0.0, error)
         headers = agreement_of(self.group).exchange(pack(arguments), self.what)
         verdict(headers, (), *self.group.numbering)
         everyone = [unpack(row.tobytes()).shapes for row in headers]
@@ -336,7 +346,7 @@ class AttentionCall:
         if self.packed:
             do, o, lse, dlse = do[None], o[None], lse[None], None if dlse is None else dlse[None]
         dtype, sums = self.q.dtype, sum_type(self.q.dtype)
-        do, lse = do.astype(dtype, copy=False), np.ascontiguousarray(lse, sums)
+        do, lse = do.astype(dtype, copy=False), self.xp.ascontiguousarray(lse, sums)
         delta = delta_of(do, o.astype(dtype, copy=False))
         if dlse is not None:
             delta -= dlse.astype(sums, copy=False)
@@ -388,11 +398,15 @@ def _check_arrays(
     packed = options.cu_seqlens is not None
     dims, form = (3, "(T_local, H, D), for cu_seqlens is given") if packed else (4, "(B, S_local, H, D)")
     for name, x in (("q", q), ("k", k), ("v", v), *((name, x) for name, (x, _) in others.items())):
-        if not isinstance(x, np.ndarray):
-            raise DTypeError(f"{operation}: `{name}` is a {type(x).__name__}; expected a NumPy array")
+        if array_kind(x, name, operation) != array_kind(q, "q", operation):
+            raise DTypeError(
+                f"{operation}: `q` is {array_kind(q, 'q', operation)} and `{name}` {array_kind(x, name, operation)}; "
+                "all arrays must be NumPy's or all CuPy's"
+            )
+    types = _TYPES if isinstance(q, np.ndarray) else (*_TYPES, np.dtype(np.float16))
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in _TYPES or not x.dtype.isnative:
-            raise DTypeError(f"{operation}: `{name}` has dtype {x.dtype}; expected float32, float64 or bfloat16")
+        if x.dtype not in types or not x.dtype.isnative:
+            raise DTypeError(f"{operation}: `{name}` has dtype {x.dtype}; expected {', '.join(map(str, types))}")
         if x.dtype != q.dtype:
             raise DTypeError(f"{operation}: `q` has dtype {q.dtype} and `{name}` {x.dtype}; they must be the same")
         if x.ndim != dims:

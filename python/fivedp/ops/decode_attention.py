@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.grid import grid_of
@@ -87,10 +86,10 @@ def decode_attention(
     part = call.part
     state = kernel.empty_state(call.q, call.v.shape[-1])
     kernel.forward(call.q, call.k, call.v, part.mask(part.queries, part.keys), state)
-    with mailbox(call.group, call.what, np) as mail:
+    with mailbox(call.group, call.what, call.xp) as mail:
         states = _exchange(part, mail, state)
     state = kernel.join(states)
-    out = np.empty(state.output.shape, q.dtype)
+    out = call.xp.empty(state.output.shape, q.dtype)
     lse = kernel.finish(state, out)
     return (out, lse) if return_lse else out
 
@@ -98,7 +97,8 @@ def decode_attention(
 def _exchange(part: Part, mail: Mailbox, state: State) -> list[State]:
     """The states of all ranks, each in one message."""
     group = part.group
-    mine = np.concatenate([x.reshape(-1) for x in (state.highest, state.total, state.output)])
+    xp = part.xp
+    mine = xp.concatenate([x.reshape(-1) for x in (state.highest, state.total, state.output)])
     peers = [(group.index + step) % group.size for step in range(1, group.size)]
     receipts = {peer: mail.receive(mine.shape, mine.dtype, peer, TAGS["A"]) for peer in peers}
     for peer in peers:
@@ -108,7 +108,7 @@ def _exchange(part: Part, mail: Mailbox, state: State) -> list[State]:
     states = []
     for source in range(group.size):
         flat = mine if source == group.index else receipts[source].array.copy()
-        highest, total, output = np.split(flat, [rows, 2 * rows])
+        highest, total, output = xp.split(flat, [rows, 2 * rows])
         shape = state.highest.shape
         states.append(State(highest.reshape(shape), total.reshape(shape), output.reshape(state.output.shape)))
     for receipt in receipts.values():
