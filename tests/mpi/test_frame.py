@@ -135,13 +135,13 @@ def test_hang_is_ended_at_the_deadline(tmp_path: Path) -> None:
     run = Run(
         tmp_path,
         "RANKS = (2,)\n"
-        "TIMEOUT = 20\n"
+        "TIMEOUT = 10\n"
         "def test_hang(comm):\n"
         "    if comm.rank == 0:\n"
         "        comm.Recv(bytearray(1), source=1)\n",
     )
     assert run.status == 1
-    assert "deadline of 20 s passed" in run.output
+    assert "deadline of 10 s passed" in run.output
     assert re.search(r"stacks of rank 0 -----\n.*\n.*test_seeded.py\", line 5 in test_hang", run.output)
     assert run.seconds < 90
     assert run.left_behind(tmp_path) == []
