@@ -27,6 +27,7 @@ from mpi_products import (
     allowed_error,
     check,
     einsum,
+    in_turn,
     index_names,
     judge,
     layouts,
@@ -142,11 +143,7 @@ def test_bytes_counted_are_the_bytes_planned(comm: MPI.Intracomm, seed: int, mon
     moved = 0
     for (spec, axes), staged in itertools.product(CONTRACT + OTHERS, (False, True)):
         for mesh in meshes(comm, axes, 1):
-            for dtype, order, wire in (
-                (F32, "tree", "sum"),
-                (BFLOAT16, "canonical", "sum"),
-                (BFLOAT16, "tree", "same"),
-            ):
+            for dtype, order, wire in in_turn(spec, comm, MODES, 3):
                 a_layout, b_layout, _ = layouts(spec)
                 sizes = sizes_of(spec, rng, 1, 25 if len(index_names(spec)) < 4 else 12)
                 a, b = operands(spec, sizes, dtype, rng)
