@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 import fivedp
 import mpi_dispatch
-from drawn_cases import cases
+from drawn_cases import dealt
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
 from fivedp.kernels.experts import ACTIVATIONS
@@ -108,7 +108,7 @@ def build(drawn: Drawn, ranks: int) -> Case:
     return case
 
 
-@settings(max_examples=cases(150))
+@settings(max_examples=dealt(1200, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn())
 def test_drawn_layer_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn) -> None:
     whole = build(case, comm.size)
@@ -130,7 +130,7 @@ def test_drawn_layer_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn
             whole.check_bits(everything[0])
 
 
-@settings(max_examples=cases(80))
+@settings(max_examples=dealt(640, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn(given=st.just(True)), widened=st.booleans())
 def test_drawn_dispatch_is_as_exact_as_its_definition(comm: MPI.Intracomm, case: Drawn, widened: bool) -> None:
     whole = mpi_dispatch.draw(
@@ -148,7 +148,7 @@ OPTIONS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=cases(25))
+@settings(max_examples=dealt(200, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn(
     dtype=st.just("float64"), wire=st.just("same"), poison=st.just(False), n_tokens=st.integers(0, 9),
     activation=ONE_OF([name for name in ACTIVATIONS if name != "relu"]),

@@ -19,6 +19,7 @@ from fivedp.kernels import attention as kernel
 from fivedp.kernels.attention import State
 from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
+from fivedp.ops.ring_attention import with_defaults
 
 Array = Any
 
@@ -76,11 +77,11 @@ def decode_attention(
     -----
     Collective over all ranks of `comm`. A rank sends B n H (Dv + 2) sums to every other.
     """
-    keywords = {
-        "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap, "cu_seqlens": None,
-        "cu_seqlens_k": None, "positions": positions, "kv_positions": kv_positions, "alibi_slopes": alibi_slopes,
-        "order": "ring",
-    }  # fmt: skip
+    keywords = with_defaults(
+        "decode_attention",
+        {"causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
+         "positions": positions, "kv_positions": kv_positions, "alibi_slopes": alibi_slopes},
+    )  # fmt: skip
     call = AttentionCall("decode_attention", grid_of(comm).everyone(), q, k, v, keywords, queries_everywhere=True)
     share_cores(call.grid)
     part = call.part

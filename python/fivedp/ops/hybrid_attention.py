@@ -27,9 +27,10 @@ from fivedp.errors import LayoutError
 from fivedp.kernels._select import library_of, sum_type
 from fivedp.layout.ring_travel import Visibility
 from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order
-from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, with_defaults
+from fivedp.ops.attention_arguments import backward_arrays
+from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
-from fivedp.ops.ring_attention import backward, forward
+from fivedp.ops.ring_attention import backward, forward, with_defaults
 
 Array = Any
 

@@ -21,6 +21,7 @@ ranks, for more memory and, in the backward, about twice the arithmetic.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ from fivedp.comm.messages import TAGS, Mailbox, Workspace, mailbox
 from fivedp.kernels import attention as kernel
 from fivedp.layout.ring_travel import backward_travel, forward_travel
 from fivedp.layout.sequence import Tokens
-from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays
+from fivedp.ops.attention_arguments import backward_arrays
+from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
 from fivedp.ops.ring_blocks import Blocks, gather
 
@@ -137,17 +139,7 @@ def ring_attention_backward(
     comm: Mesh | MPI.Intracomm,
     *,
     dlse: Array | None = None,
-    causal: bool = False,
-    layout: str = "zigzag",
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    cu_seqlens: Any = None,
-    cu_seqlens_k: Any = None,
-    positions: Any = None,
-    kv_positions: Any = None,
-    alibi_slopes: Any = None,
-    order: str = "ring",
+    **keywords: Any,
 ) -> tuple[Array, Array, Array]:
     """The gradients of `ring_attention`.
 
@@ -159,8 +151,10 @@ def ring_attention_backward(
         What the forward was given and gave.
     dlse : (B, H, S_local), optional
         The gradient with respect to lse.
-    comm, causal, layout, scale, window, softcap, cu_seqlens, cu_seqlens_k, positions, kv_positions, alibi_slopes, order
+    comm
         As in the forward.
+    **keywords
+        Those of the forward, with the same defaults; `return_lse` is none of them.
 
     Returns
     -------
@@ -171,25 +165,46 @@ def ring_attention_backward(
     ------
     LayoutError, ShapeError, DTypeError, PeerError
         As `ring_attention` does.
+    TypeError
+        A keyword is not known.
 
     Notes
     -----
     Collective over all ranks of `comm`.
     Keys travel or queries, whichever is fewer bytes: `explain_attention` says which.
     """
-    keywords = {
-        "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
-        "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "positions": positions, "kv_positions": kv_positions,
-        "alibi_slopes": alibi_slopes, "order": order,
-    }  # fmt: skip
+    operation = "ring_attention_backward"
+    keywords = with_defaults(operation, keywords)
     others = backward_arrays(q, v, do, o, lse, dlse)
-    call = AttentionCall("ring_attention_backward", grid_of(comm).everyone(), q, k, v, keywords, others)
+    call = AttentionCall(operation, grid_of(comm).everyone(), q, k, v, keywords, others)
     share_cores(call.grid)
     do, lse, delta = call.rows(do, o, lse, dlse)
     with mailbox(call.group, call.what, call.xp) as mail:
         gradients = backward(call.part, mail, do, lse, delta)
     dq, dk, dv = (gradient.astype(q.dtype, copy=False) for gradient in gradients)
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ring_attention).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "return_lse"
+}
+
+
+def with_defaults(operation: str, given: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Keywords filled up with the defaults of `ring_attention`, and with `more` for this operation.
+
+    Raises
+    ------
+    TypeError
+        Where one is not known, as Python does.
+    """
+    known = _DEFAULTS | more
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}; it takes {', '.join(known)}")
+    return known | given
 
 
 def forward(part: Part, mail: Mailbox, out: Array) -> Array:
