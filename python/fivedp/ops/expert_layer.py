@@ -46,14 +46,13 @@ from fivedp.ops.expert_dispatch import (
     in_type,
     plan_dispatch,
 )
-from fivedp.ops.routing import Routing, route, route_backward
+from fivedp.ops.routing import Routing, route, route_backward, router_logits
 from fivedp.ops.shared_experts import (
     SharedBackward,
     SharedExperts,
     SharedForward,
     SharedState,
     check_shared,
-    logits_of,
     route_shared,
 )
 from fivedp.ops.token_sums import over_tokens, sum_along
@@ -211,7 +210,7 @@ def expert_layer(
         # The others are about to make a routing, perhaps with more ranks than those of this group.
         BatchRanks(name, comm, {"x": x}, "", error)
     if error is None and routing is None:
-        logits = logits_of(x, router)
+        logits = router_logits(x, router)
         try:
             # Losses and capacities are those of all ranks' tokens; where neither is asked for, no rank needs another.
             routing = route(logits, top_k, comm=None if alone else comm, **route_keywords)

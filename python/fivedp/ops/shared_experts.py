@@ -26,7 +26,7 @@ from fivedp.kernels import experts as kernel
 from fivedp.kernels._select import sum_type
 from fivedp.kernels.gemm import gemm
 from fivedp.ops.expert_dispatch import check_rows
-from fivedp.ops.routing import Routing, route, route_backward
+from fivedp.ops.routing import Routing, route, route_backward, router_logits
 from fivedp.ops.token_sums import over_tokens
 
 Array = Any
@@ -83,14 +83,6 @@ def check_shared(operation: str, shared: Any, width: int, dtype: Any, gated: boo
         check_rows(operation, "shared.router", shared.router, (width, 1), (dtype, sum_type(dtype)))
 
 
-def logits_of(x: Array, router: Array) -> Array:
-    """x router, in the type of sums."""
-    logits = np.empty((len(x), router.shape[1]), sum_type(x.dtype))
-    left, right = (a.astype(logits.dtype) if a.dtype != router.dtype else a for a in (x, router))
-    gemm(left, right, logits)
-    return logits
-
-
 def route_shared(x: Array, shared: SharedExperts) -> Routing | None:
     """The share of y that they have: with a router, all tokens go to one expert, whose weight is a sigmoid.
 
@@ -101,7 +93,7 @@ def route_shared(x: Array, shared: SharedExperts) -> Routing | None:
     """
     if shared.router is None:
         return None
-    return route(logits_of(x, shared.router), 1, score="sigmoid", normalize=False)
+    return route(router_logits(x, shared.router), 1, score="sigmoid", normalize=False)
 
 
 class SharedForward:

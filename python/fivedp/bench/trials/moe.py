@@ -39,7 +39,7 @@ def watched_functions() -> dict[str, tuple[tuple[Any, str], ...]]:
     layer = importlib.import_module("fivedp.ops.expert_layer")
     kernel = importlib.import_module("fivedp.kernels.experts")
     return {
-        "route": tuple((layer, name) for name in ("logits_of", "gemm", "route", "route_backward", "over_tokens")),
+        "route": tuple((layer, name) for name in ("router_logits", "gemm", "route", "route_backward", "over_tokens")),
         "dispatch": (
             (layer, "plan_dispatch"),
             (layer, "Dispatched"),
