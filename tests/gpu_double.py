@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import functools
 import itertools
 import mmap
 import os
@@ -254,7 +255,7 @@ class Device:
 
     def latency(self) -> float:
         kind = self.random.random()
-        return self.random.random() * (5e-5 if kind < 0.6 else 5e-4 if kind < 0.9 else 4e-3)
+        return self.random.random() * (5e-5 if kind < 0.6 else 5e-4 if kind < 0.9 else 2e-3)
 
     def _run(self) -> None:
         while self.running:
@@ -364,7 +365,7 @@ class Device:
         free = self.pinned.setdefault(size, [])
         raw = free.pop() if free else np.empty(size, np.uint8)
         raw[:] = POISON
-        memory = raw.view(Pinned)
+        memory = _pinned_type(size).from_buffer(raw)
         memory.ptr = raw.__array_interface__["data"][0]
         self.pinned_in_use += size
         weakref.finalize(memory, self._give_pinned, raw, size)
@@ -375,10 +376,10 @@ class Device:
         self.pinned[size].append(raw)
 
 
-class Pinned(np.ndarray):  # type: ignore[type-arg]
-    """Host memory that a device copies to and from."""
-
-    ptr: int
+@functools.cache
+def _pinned_type(size: int) -> Any:
+    """Host memory that a device copies to and from: bytes that know their address."""
+    return type("PinnedMemory", (ctypes.c_ubyte * size,), {"ptr": 0})
 
 
 def no_device_wide_synchronisation() -> None:
