@@ -53,7 +53,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 class Tables:
-    """The first pages of a heap, which other processes map: which allocation is in a slot, and what events have seen."""
+    """The first pages of a heap, mapped by others too: which allocation is in a slot, what events have seen."""
 
     def __init__(self, memory: Any) -> None:
         whole = np.frombuffer(memory, np.int64, 3 * SLOTS).reshape(3, SLOTS)

@@ -1,4 +1,4 @@
-"""Products of CuPy arrays, without a GPU: on a double that is as asynchronous as a device, and refuses what CuPy does."""
+"""Products of CuPy arrays, without a GPU: on a double as asynchronous as a device, which refuses what CuPy refuses."""
 
 from __future__ import annotations
 

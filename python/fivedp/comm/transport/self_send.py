@@ -1,6 +1,6 @@
 """Send device memory to oneself through MPI, and look whether it arrives: a program of its own, for it may crash.
 
-    python self_send.py DEVICE        prints "proven" and ends with status 0 where all bytes came
+python self_send.py DEVICE        prints "proven" and ends with status 0 where all bytes came
 """
 
 from __future__ import annotations
