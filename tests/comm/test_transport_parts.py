@@ -101,6 +101,7 @@ def test_a_chunk_is_copied_while_the_one_before_is_sent(cupy: Any, seed: int) ->
     settle(cupy, transfer)
     assert transfer.done
     comm.messages.clear()
+    del message
     assert cupy.gpu.pinned_in_use == 0
 
 
@@ -109,13 +110,13 @@ def test_a_chunk_is_received_while_the_one_before_is_copied(cupy: Any, seed: int
     log, comm, array, link = pipeline(cupy, 2500)
     transfer = link.receive(link.gpu.memory_of(array), 34)
     for chunk in range(3):
-        transfer.advance()
+        settle(cupy, transfer)
         assert not transfer.arrived
         message = comm.messages[chunk]
         message.buffer[:] = data[1000 * chunk : 1000 * chunk + message.buffer.size]
         message.done = True
     settle(cupy, transfer)
-    assert log[:3] == ["receive 0", "receive 1", "copy 0"]
+    assert log == ["receive 0", "receive 1", "copy 0", "receive 2", "copy 1", "copy 2"]
     assert transfer.done
     stream = cupy.cuda.get_current_stream()
     stream.wait_event(transfer.event)

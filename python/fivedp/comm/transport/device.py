@@ -62,9 +62,10 @@ class DeviceMailbox(Mailbox):
         """Advance everything until some transfers have come as far as `reached` says."""
 
         def done() -> bool:
-            while self._advance():
-                pass
-            return all(map(reached, transfers))
+            while not all(map(reached, transfers)):
+                if not self._advance():
+                    return False
+            return True
 
         def missing() -> list[int]:
             return sorted({transfer.rank for transfer in transfers if not reached(transfer)})

@@ -43,11 +43,6 @@ class Gpu:
         self.device = int(xp.cuda.Device().id)
         self._idle_streams: list[Stream] = []
 
-    def identity(self) -> bytes:
-        """16 bytes that tell this device from every other one, in any process."""
-        properties = self.runtime.getDeviceProperties(self.device)
-        return bytes(properties.get("uuid", b""))[:16].ljust(16, b"\0")
-
     def memory_of(self, array: Array) -> DeviceMemory:
         """The bytes of a contiguous array."""
         return DeviceMemory(int(array.data.ptr), int(array.nbytes), array)

@@ -1,6 +1,6 @@
 """Device memory of another process of this node, opened and read in place of a message: no copy through the host.
 
-The writer sends a note of 200 bytes: the handle of the allocation its array lies in, where in it, and the handle of an
+The writer sends a note of 176 bytes: the handle of the allocation its array lies in, where in it, and the handle of an
 event that is reached when the array is written. The reader opens the allocation (once: handles are kept, for opening
 takes as long as copying megabytes), lets a stream of its own wait for the event, copies from device to device, and
 when the copy is done answers with the number of the note. Until then the writer keeps the array.
