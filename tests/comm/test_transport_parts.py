@@ -1,4 +1,4 @@
-"""Parts of the transports that need no second rank: the pipeline of staging, and what MPI is asked and made to prove."""
+"""Parts of the transports that need no second rank: the pipeline of staging, what MPI is asked and has to prove."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_the_library_of_this_environment_answers() -> None:
 
 
 @pytest.fixture
-def trial(tmp_path: Path, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def trial(tmp_path: Path, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose `cupy` the trial imports, and a cache of its own."""
     (tmp_path / "cupy.py").write_text("import gpu_double, sys\nsys.modules['cupy'] = gpu_double.make_module()\n")
     paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
@@ -170,7 +170,7 @@ def trial(tmp_path: Path, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(proof, "_known", {})
     for name in proof._DECIDING:
         monkeypatch.delenv(name, raising=False)
-    yield tmp_path
+    return tmp_path
 
 
 def test_a_library_is_tried_once(trial: Path, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The tests of transports on a device: the file that runs on the double of CuPy, on CuPy itself, ranks sharing a GPU."""
+"""The tests of transports on a device that all ranks share: the file that runs on a double of CuPy, on CuPy itself."""
 
 from __future__ import annotations
 
