@@ -112,9 +112,9 @@ class Stream:
         with gpu.lock:
             gpu.streams.add(self)
 
-    def enqueue(self, work: Callable[[], None]) -> None:
+    def enqueue(self, work: Callable[[], None], delay: float = 0.0) -> None:
         with self.gpu.lock:
-            self.queue.append((time.monotonic() + self.gpu.latency(), work, None))
+            self.queue.append((time.monotonic() + self.gpu.latency() + delay, work, None))
 
     def wait_event(self, event: Event) -> None:
         with self.gpu.lock:
@@ -241,6 +241,8 @@ class Device:
         self._event_slots = list(range(SLOTS))
         self._remote_events: dict[int, Event] = {}
         self._peers: dict[tuple[int, int], Tables] = {}
+        self.copy_delay = 0.0
+        """Seconds by which copies between addresses come later than kernels."""
         self.running = True
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -289,7 +291,7 @@ class Device:
                     return
             ctypes.memmove(target, source, n_bytes)
 
-        self._named[stream].enqueue(work)
+        self._named[stream].enqueue(work, self.copy_delay)
 
     def wait_event(self, stream: int, event: int) -> None:
         self._named[stream].wait_event(self._remote_events.get(event) or self._named[event])

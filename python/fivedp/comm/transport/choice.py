@@ -38,6 +38,7 @@ from fivedp.comm.transport.transfer import Link
 from fivedp.errors import TransportError
 
 NAMES = ("cuda_mpi", "ipc", "staged")
+_CUDA_MPI, _IPC, _STAGED = range(len(NAMES))
 VARIABLE, CHUNK_VARIABLE = "FIVEDP_TRANSPORT", "FIVEDP_STAGING_CHUNK"
 _FREE, _UNKNOWN = -1, -2
 _GREETING = struct.Struct(f"<4q16s200s{Note.N_BYTES}s")
@@ -113,55 +114,64 @@ def links_of(group: Group, what: str, xp: Any) -> Links:
     """
     links = group.cache.get("links")
     if not isinstance(links, Links):
-        links = group.cache["links"] = _settle(group, what, xp)
+        try:
+            links = group.cache["links"] = _settle(group, what, xp)
+        except TransportError:
+            raise
+        except BaseException as failure:  # of this rank alone, such as no memory on the device
+            group.grid.watchdog.fail(failure)
+            raise
     return links
 
 
 def _settle(group: Group, what: str, xp: Any) -> Links:
+    """Exchange greetings, then what each found of the others."""
     gpu, handles = _device(xp)
     asks_for, chunk_bytes = _settings()
     verdict = Verdict(False, f"it was not tried: {VARIABLE} asks for another")
-    if group.size > 1 and asks_for in (_FREE, NAMES.index("cuda_mpi")):
+    if group.size > 1 and asks_for in (_FREE, _CUDA_MPI):
         verdict = cuda_mpi_verdict(gpu, forced=asks_for != _FREE)
     nonce = secrets.token_bytes(_NONCE_BYTES)
     probe = xp.asarray(np.frombuffer(nonce, np.uint8))
-    wants_ipc = group.size > 1 and asks_for in (_FREE, NAMES.index("ipc"))
-    found = handles.exports.find(int(probe.data.ptr)) if wants_ipc else None
     event, note = None, Note(0, Allocation(0, 0, 0))
-    if found is not None:
-        with contextlib.suppress(gpu.runtime.CUDARuntimeError):
-            event = handles.exports.take_event()
-            event[0].record(gpu.current_stream())
-            note = Note(0, found[0], int(probe.data.ptr) - found[0].base, found[1], event[1])
+    if group.size > 1 and asks_for in (_FREE, _IPC):
+        event, note = _note_of(gpu, handles, int(probe.data.ptr))
     mine = _Greeting(asks_for, verdict.works, chunk_bytes, os.getpid(), nonce, verdict.why, note)
     greetings = [_Greeting.unpack(row) for row in _exchange(group, mine.pack(), GREETING_TAG, what)]
     _check_settings(group, greetings)
     asked = greetings[0].asks_for
-    by_mpi = group.size > 1 and (
-        asked == NAMES.index("cuda_mpi") or (asked == _FREE and all(g.cuda_mpi for g in greetings))
-    )
-    tried = not by_mpi and asked != NAMES.index("staged")
+    by_mpi = group.size > 1 and (asked == _CUDA_MPI or (asked == _FREE and all(g.cuda_mpi for g in greetings)))
+    tried = not by_mpi and asked != _STAGED
     row = [_try_ipc(group, gpu, handles, peer, greetings[peer]) if tried else _NOT_TRIED for peer in range(group.size)]
     findings = np.stack(_exchange(group, np.array(row, np.uint8), VERDICT_TAG, what))
+    findings = np.maximum(findings, findings.T)
     if event is not None:
         handles.exports.give_event(event)  # and `probe` may go: everybody has read it
-    findings = np.maximum(findings, findings.T)
     _check_choice(group, greetings, findings)
-    links, reasons = list[Link](), list[str]()
+    links, why = list[Link](), list[str]()
     for peer, rank in enumerate(group.members):
-        plain = StagedLink(gpu, group.grid.data, rank, greetings[0].chunk_bytes)
+        plain = StagedLink(gpu, group.grid.data, rank, chunk_bytes)
         if by_mpi:
             links.append(CudaMpiLink(gpu, group.grid.data, rank))
-            reasons.append(greetings[peer].why)
+            why.append(greetings[peer].why)
         elif findings[group.index, peer] == _READ:
-            tag = tag_number(group, ACKNOWLEDGE_TAG)
-            links.append(IpcLink(greetings[peer].pid, plain, handles, tag))
-            reasons.append(_FINDINGS[_READ])
+            links.append(IpcLink(greetings[peer].pid, plain, handles, tag_number(group, ACKNOWLEDGE_TAG)))
+            why.append(_FINDINGS[_READ])
         else:
             links.append(plain)
-            forced = f"{VARIABLE} asks for it"
-            reasons.append(forced if asked == NAMES.index("staged") else _reason(group, greetings, findings, peer))
-    return Links(gpu, links, reasons)
+            why.append(f"{VARIABLE} asks for it" if asked == _STAGED else _lacking(group, greetings, findings, peer))
+    return Links(gpu, links, why)
+
+
+def _note_of(gpu: Gpu, handles: Handles, pointer: int) -> tuple[tuple[Any, bytes] | None, Note]:
+    """(event, note) for an array that the current stream writes; a note without handles where there are none."""
+    found = handles.exports.find(pointer)
+    if found is not None:
+        with contextlib.suppress(gpu.runtime.CUDARuntimeError):
+            event = handles.exports.take_event()
+            event[0].record(gpu.current_stream())
+            return event, Note(0, found[0], pointer - found[0].base, found[1], event[1])
+    return None, Note(0, Allocation(0, 0, 0))
 
 
 def _device(xp: Any) -> tuple[Gpu, Handles]:
@@ -244,13 +254,13 @@ def _check_choice(group: Group, greetings: list[_Greeting], findings: npt.NDArra
     asked = greetings[0].asks_for
     if group.size == 1:
         return
-    if asked == NAMES.index("cuda_mpi"):
+    if asked == _CUDA_MPI:
         for rank, greeting in zip(group.members, greetings, strict=True):
             if not greeting.cuda_mpi:
                 raise TransportError(
                     f"{VARIABLE}=cuda_mpi can't be had on rank {rank}: {greeting.why}; unset, or staged, would be right"
                 )
-    if asked == NAMES.index("ipc"):
+    if asked == _IPC:
         for first, second in np.argwhere(findings > _ITSELF):
             raise TransportError(
                 f"{VARIABLE}=ipc can't be had between ranks {group.members[first]} and {group.members[second]}: "
@@ -258,6 +268,7 @@ def _check_choice(group: Group, greetings: list[_Greeting], findings: npt.NDArra
             )
 
 
-def _reason(group: Group, greetings: list[_Greeting], findings: npt.NDArray[np.uint8], peer: int) -> str:
-    without = next(greeting.why for greeting in greetings if not greeting.cuda_mpi) if group.size > 1 else "one rank"
+def _lacking(group: Group, greetings: list[_Greeting], findings: npt.NDArray[np.uint8], peer: int) -> str:
+    """Why neither of the faster transports leads to a member."""
+    without = next((greeting.why for greeting in greetings if not greeting.cuda_mpi), "")
     return f"no cuda_mpi: {without}; no ipc: {_FINDINGS[int(findings[group.index, peer])]}"

@@ -156,10 +156,10 @@ class DeviceMailbox(Mailbox):
         self._read = []
 
     def abandon(self) -> None:
-        for transfer in self._transfers:
-            for request in transfer.receives():
-                if not request.Test():
-                    request.Cancel()
+        # The receive of an answer belongs to all transfers of a link: once each.
+        for request in {id(r): r for transfer in self._transfers for r in transfer.receives()}.values():
+            if not request.Test():
+                request.Cancel()
         # MPI and the device end after Python has freed its objects; a reference that nobody gives back outlives both.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._transfers))
 
