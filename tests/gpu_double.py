@@ -41,7 +41,7 @@ _TABLE_BYTES = 3 * 8 * SLOTS
 _PAGE = mmap.PAGESIZE
 SUCCESS, NOT_READY = 0, 600
 _MEMORY_HANDLE, _EVENT_HANDLE = struct.Struct("<5q24x"), struct.Struct("<3q40x")
-_COUNTS = ("synchronizations", "opened", "closed", "exported", "events_opened")
+_COUNTS = ("synchronizations", "opened", "closed", "exported", "events_opened", "streams")
 
 
 class CUDARuntimeError(RuntimeError):
@@ -358,6 +358,11 @@ class Device:
             self._peers[pid, descriptor] = Tables(self._map(pid, descriptor, -(-_TABLE_BYTES // _PAGE) * _PAGE, 0))
         return self._peers[pid, descriptor]
 
+    def stream(self, non_blocking: bool = False) -> Stream:
+        assert non_blocking, "a stream that waits for the default stream"
+        self.counts["streams"] += 1
+        return Stream(self)
+
     def event(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> Event:
         assert disable_timing or not interprocess
         return Event(self, self.heap.tables, self._event_slots.pop()) if interprocess else Event(self)
@@ -582,7 +587,7 @@ def make_module(seed: int = 0) -> Any:
     module.cuda = types.SimpleNamespace(
         Device=OneDevice,
         Event=gpu.event,
-        Stream=lambda non_blocking=False: Stream(gpu),
+        Stream=gpu.stream,
         get_current_stream=lambda: gpu.current[-1],
         alloc_pinned_memory=gpu.alloc_pinned_memory,
         runtime=types.SimpleNamespace(

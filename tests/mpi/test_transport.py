@@ -228,6 +228,8 @@ def test_nothing_is_left_and_nobody_synchronises(comm: MPI.Intracomm, seed: int,
         exchange(group, cupy, seed + step)
     assert gpu.heap.in_use == in_use
     assert gpu.pinned_in_use == 0
+    # One stream for each array under way, and one for the greetings, taken again and again.
+    assert gpu.counts["streams"] <= 2 * (comm.size - 1) + 1
     # Handles are made and opened once: as many as there are allocations, and events for a message to each other rank
     # and the first greeting.
     allocations = comm.allgather(len(gpu.heap.allocations))
