@@ -184,7 +184,13 @@ inline std::uint32_t pack_half_pair(float low, float high) {
 }
 
 // What CUDA's own library has under these names.
+using std::exp;
+using std::exp2;
+using std::fma;
 using std::isfinite;
+using std::log;
+using std::log2;
+using std::sqrt;
 inline float rsqrtf(float x) {
     return 1.0f / std::sqrt(x);
 }
