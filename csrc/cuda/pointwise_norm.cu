@@ -247,14 +247,10 @@ norm_parameter_gradients(NormGradientProblem p, std::int64_t pieces) {
         static_cast<T*>(to)[column] = from_float<T>(room[0][lane()]);
 }
 
-std::int64_t element_bytes(DeviceType type) {
-    return type == DeviceType::f64 ? 8 : type == DeviceType::f32 ? 4 : 2;
-}
-
 }  // namespace
 
 std::int64_t norm_partials(DeviceType type, std::int64_t rows, std::int64_t columns) {
-    const int groups = row_warps / warps_of_a_row(columns, static_cast<int>(16 / element_bytes(type)));
+    const int groups = row_warps / warps_of_a_row(columns, 16 / element_bytes(type));
     return std::min((rows + groups - 1) / groups, most_partials);
 }
 
@@ -265,7 +261,7 @@ std::int64_t norm_width(DeviceType type, std::int64_t columns) {
 
 void norm_forward(const NormProblem& p, Stream stream) {
     const std::int64_t size = element_bytes(p.type);
-    const int warps = warps_of_a_row(p.columns, static_cast<int>(16 / size));
+    const int warps = warps_of_a_row(p.columns, 16 / element_bytes(p.type));
     const bool wide = lies_wide(p.x, p.x_stride * size) && lies_wide(p.residual, p.residual_stride * size) &&
                       lies_wide(p.sum, p.sum_stride * size) && lies_wide(p.y, p.y_stride * size) &&
                       lies_wide(p.gain, 0) && lies_wide(p.bias, 0);
@@ -279,7 +275,7 @@ void norm_forward(const NormProblem& p, Stream stream) {
 
 void norm_backward(const NormGradientProblem& p, Stream stream) {
     const std::int64_t size = element_bytes(p.type), width = norm_width(p.type, p.columns), pieces = width * size / 16;
-    const int warps = warps_of_a_row(p.columns, static_cast<int>(16 / size));
+    const int warps = warps_of_a_row(p.columns, 16 / element_bytes(p.type));
     const bool wide = lies_wide(p.dy, p.dy_stride * size) && lies_wide(p.sum, p.sum_stride * size) &&
                       lies_wide(p.d_sum, p.d_sum_stride * size) && lies_wide(p.dx, p.dx_stride * size) &&
                       lies_wide(p.gain, 0);

@@ -84,4 +84,24 @@ FIVEDP_DEVICE void row_sums(S (&values)[n], int warps, S* room) {
         values[i] = warp_sum(lane() < warps ? room[i * row_warps + mine / warps * warps + lane()] : S(0));
 }
 
+// The largest of a row's values, NaN left out; as `row_sums`.
+template <class S>
+FIVEDP_DEVICE S row_max(S value, int warps, S* room) {
+    const auto of_warp = [](S v) {
+        FIVEDP_UNROLL
+        for (int half = 16; half > 0; half /= 2) {
+            const S other = warp_xor(v, half);
+            v = other > v ? other : v;
+        }
+        return v;
+    };
+    value = of_warp(value);
+    if (warps == 1) return value;
+    const int mine = thread() / 32;
+    sync_block();
+    if (lane() == 0) room[mine] = value;
+    sync_block();
+    return of_warp(room[mine / warps * warps + lane() % warps]);
+}
+
 }  // namespace fivedp

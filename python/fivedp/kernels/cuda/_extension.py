@@ -10,7 +10,7 @@ import numpy as np
 
 from fivedp.kernels._select import raw
 
-__all__ = ["empty_like", "extension", "optional_raw", "raw", "stream_of"]
+__all__ = ["empty_like", "extension", "is_built", "optional_raw", "raw", "stream_of"]
 
 
 @functools.cache
@@ -29,6 +29,16 @@ def extension() -> Any:
             f"fivedp._cuda can't be loaded ({missing}): install fivedp where nvcc is on PATH, "
             "or with --config-settings=cmake.define.FIVEDP_CUDA=ON to see why it is not built"
         ) from missing
+
+
+@functools.cache
+def is_built() -> bool:
+    """Whether `fivedp._cuda` can be loaded here."""
+    try:
+        extension()
+    except ImportError:
+        return False
+    return True
 
 
 def stream_of(array: Any) -> int:
