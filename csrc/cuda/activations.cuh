@@ -2,7 +2,9 @@
 // GPU's own exponential, to a few units of the last place.
 #pragma once
 
-#include "cuda/device.cuh"
+#include <type_traits>
+
+#include "cuda/elements.cuh"
 
 namespace fivedp {
 
@@ -41,32 +43,52 @@ template <class S>
 struct Activated {
     S value, slope;
 };
-template <class S>
-FIVEDP_DEVICE Activated<S> activated(Activation activation, S x) {
+template <Activation activation, class S>
+FIVEDP_DEVICE Activated<S> activated(S x) {
+    if constexpr (activation == Activation::silu) {
+        const Sigmoid<S> s = sigmoid(x);
+        return {x * s.value, s.value * fma(x, s.rest, S(1))};
+    } else if constexpr (activation == Activation::gelu) {
+        // Beyond 40 the density is 0, and the square must not overflow.
+        const S y = x > S(40) ? S(40) : x < S(-40) ? S(-40) : x;
+        const S exponent = S(-0.5) * y * y, limit = sizeof(S) == 4 ? S(-150) : S(-800);
+        const S density = S(0.39894228040143267794) * exp_of_negative(exponent < limit ? limit : exponent);
+        const S distribution = normal_distribution(y);
+        return {x * distribution, fma(y, density, distribution)};
+    } else if constexpr (activation == Activation::gelu_tanh) {
+        // (1 + tanh u) / 2 = sigmoid(2 u) with 2 u = 2 sqrt(2 / pi) (x + 0.044715 x^3). Beyond 100 all is saturated,
+        // and powers must not overflow.
+        constexpr S scale = S(1.5957691216057307118), cubic = S(0.044715);
+        const S y = x > S(100) ? S(100) : x < S(-100) ? S(-100) : x, square = y * y;
+        const Sigmoid<S> s = sigmoid(scale * y * fma(cubic, square, S(1)));
+        const S inner = scale * fma(S(3) * cubic, square, S(1));
+        return {x * s.value, s.value * fma(y * s.rest, inner, S(1))};
+    } else {
+        return {x <= S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1)};
+    }
+}
+
+// Of n numbers at once. The activation is known at run time only, so that there is one kernel for all; it is chosen
+// outside the loop, so that the exponentials of neighbours are under way together.
+template <int n, class T, class S>
+FIVEDP_DEVICE void activate_all(Activation activation, const T (&x)[n], S (&value)[n], S (&slope)[n]) {
+    const auto each = [&](auto chosen) {
+        FIVEDP_UNROLL
+        for (int e = 0; e < n; ++e) {
+            const Activated<S> result = activated<decltype(chosen)::value>(S(to_float(x[e])));
+            value[e] = result.value;
+            slope[e] = result.slope;
+        }
+    };
     switch (activation) {
-        case Activation::silu: {
-            const Sigmoid<S> s = sigmoid(x);
-            return {x * s.value, s.value * fma(x, s.rest, S(1))};
-        }
-        case Activation::gelu: {
-            // Beyond 40 the density is 0, and the square must not overflow.
-            const S y = x > S(40) ? S(40) : x < S(-40) ? S(-40) : x;
-            const S exponent = S(-0.5) * y * y, limit = sizeof(S) == 4 ? S(-150) : S(-800);
-            const S density = S(0.39894228040143267794) * exp_of_negative(exponent < limit ? limit : exponent);
-            const S distribution = normal_distribution(y);
-            return {x * distribution, fma(y, density, distribution)};
-        }
-        case Activation::gelu_tanh: {
-            // (1 + tanh u) / 2 = sigmoid(2 u) with 2 u = 2 sqrt(2 / pi) (x + 0.044715 x^3). Beyond 100 all is
-            // saturated, and powers must not overflow.
-            constexpr S scale = S(1.5957691216057307118), cubic = S(0.044715);
-            const S y = x > S(100) ? S(100) : x < S(-100) ? S(-100) : x, square = y * y;
-            const Sigmoid<S> s = sigmoid(scale * y * fma(cubic, square, S(1)));
-            const S inner = scale * fma(S(3) * cubic, square, S(1));
-            return {x * s.value, s.value * fma(y * s.rest, inner, S(1))};
-        }
-        default:
-            return {x <= S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1)};
+        case Activation::silu:
+            return each(std::integral_constant<Activation, Activation::silu>());
+        case Activation::gelu:
+            return each(std::integral_constant<Activation, Activation::gelu>());
+        case Activation::gelu_tanh:
+            return each(std::integral_constant<Activation, Activation::gelu_tanh>());
+        case Activation::relu:
+            return each(std::integral_constant<Activation, Activation::relu>());
     }
 }
 

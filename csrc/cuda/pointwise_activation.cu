@@ -31,11 +31,10 @@ activation_rows(DeviceActivationProblem p, int warps, bool wide) {
         const Elements<T, n> u = load_elements<n>(up, first, p.columns, wide);
         Elements<T, n> g = u, result;
         if (gated) g = load_elements<n>(gate, first, p.columns, wide);
+        S value[n], slope[n];
+        activate_all(activation, g.at, value, slope);
         FIVEDP_UNROLL
-        for (int e = 0; e < n; ++e) {
-            const S value = activated(activation, to_float(g.at[e])).value;
-            result.at[e] = from_float<T>(S(gated ? value * to_float(u.at[e]) : value));
-        }
+        for (int e = 0; e < n; ++e) result.at[e] = from_float<T>(S(gated ? value[e] * to_float(u.at[e]) : value[e]));
         store_elements<n>(hidden, first, p.columns, wide, result);
     }
 }
@@ -64,14 +63,15 @@ activation_gradient_rows(DeviceActivationGradientProblem p, int warps, bool wide
         const Elements<T, n> u = load_elements<n>(up, first, columns, wide);
         Elements<T, n> g = u, to_gate, to_up, weighted;
         if (gated) g = load_elements<n>(gate, first, columns, wide);
+        S value[n], slope[n];
+        activate_all(activation, g.at, value, slope);
         FIVEDP_UNROLL
         for (int e = 0; e < n; ++e) {
             const S incoming = to_float(d.at[e]), outgoing = weight * incoming, factor = to_float(u.at[e]);
-            const Activated<S> a = activated(activation, S(to_float(g.at[e])));
             // As the second product read it.
-            const S hidden = to_float(from_float<T>(S(gated ? a.value * factor : a.value)));
-            to_gate.at[e] = from_float<T>(S(outgoing * factor * a.slope));
-            to_up.at[e] = from_float<T>(S(outgoing * (gated ? a.value : a.slope)));
+            const S hidden = to_float(from_float<T>(S(gated ? value[e] * factor : value[e])));
+            to_gate.at[e] = from_float<T>(S(outgoing * factor * slope[e]));
+            to_up.at[e] = from_float<T>(S(outgoing * (gated ? value[e] : slope[e])));
             weighted.at[e] = from_float<T>(S(weight * hidden));
             if (first + e < columns) dot[0] = fma(incoming, hidden, dot[0]);
         }

@@ -124,7 +124,7 @@ norm_gradient_rows(NormGradientProblem p, int warps, bool wide, bool sums_shared
     S* const room = reinterpret_cast<S*>(dynamic_shared());
     const RowPlace place = row_place(warps);
     const int groups = row_warps / warps, n_sums = p.d_bias != nullptr ? 2 : 1;
-    const bool sums_wanted = p.workspace != nullptr;
+    const bool sums_wanted = p.d_gain != nullptr || p.d_bias != nullptr;
     const std::int64_t width = pieces * n, begin = n * place.thread, step = n * place.threads;
     const T* const gain = static_cast<const T*>(p.gain);
     // This group's sums of dy * h, and `width` further those of dy.
@@ -282,7 +282,8 @@ void norm_backward(const NormGradientProblem& p, Stream stream) {
     const std::int64_t n_sums = p.d_bias != nullptr ? 2 : 1, sum_size = p.type == DeviceType::f64 ? 8 : 4;
     const std::int64_t sums = row_warps / warps * n_sums * width * sum_size;
     // Rows of fewer than 8 warps always fit: 1024 pieces in all groups at most.
-    const bool sums_shared = p.workspace != nullptr && sums <= shared_for_sums;
+    const bool sums_wanted = p.d_gain != nullptr || p.d_bias != nullptr;
+    const bool sums_shared = sums_wanted && sums <= shared_for_sums;
     const std::int64_t shared = room_bytes + (sums_shared ? sums : 0);
     if (p.columns == 0) return;
     with_type(p.type, [&](auto tag) {
@@ -290,7 +291,7 @@ void norm_backward(const NormGradientProblem& p, Stream stream) {
         launch(norm_gradient_rows<T>, norm_partials(p.type, p.rows, p.columns), 1, 1, row_threads, shared, stream, p,
                warps, wide, sums_shared, pieces);
         // Without rows there are no parts, and the gradients are zeros.
-        if (p.workspace != nullptr)
+        if (sums_wanted)
             launch(norm_parameter_gradients<T>, (width + 31) / 32, n_sums, 1, row_threads,
                    static_cast<std::int64_t>(row_warps * 32 * sizeof(Sum<T>)), stream, p, pieces);
     });

@@ -260,8 +260,8 @@ def expert_hidden_backward(
     Notes
     -----
     Arrays are contiguous along F. An output may be the same array as an input of its type (d_gate that of gate, say);
-    they may not overlap otherwise. CuPy arrays go to the kernels of the GPU, which take all of the work (`tiles` is None)
-    and return 0.
+    they may not overlap otherwise. CuPy arrays go to the kernels of the GPU, which take all of the work: `tiles` is
+    None, and 0 is returned.
     """
     if is_cupy(up):
         from fivedp.kernels.cuda import activations

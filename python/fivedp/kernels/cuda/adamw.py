@@ -85,7 +85,7 @@ def adamw(
 
 
 def squared_norm(x: Array, total: Array, *, add: bool = False, workspace: Array | None = None) -> None:
-    """total = the sum of x^2, or total + it where `add` is set; in float64 and in an order that depends on x.size alone.
+    """total = the sum of x^2, or total + it where `add` is set; in float64, in an order that is a function of x.size.
 
     Parameters
     ----------
