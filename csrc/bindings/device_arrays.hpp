@@ -101,4 +101,28 @@ inline void expect(const DeviceArray& array, const std::string& type, const std:
     check(!written || array.writeable, who, " is read-only; a writeable array would be right");
 }
 
+// An argument that may be None: then without data.
+inline DeviceArray optional_array(const pybind11::handle& object, const char* who) {
+    return object.is_none() ? DeviceArray() : device_array(object, who);
+}
+
+// Checks the last index to be contiguous, and strides to be whole elements, which they are returned in: strides of
+// (rows, columns) and the like, any distance between rows.
+inline std::vector<std::int64_t> expect_rows(const DeviceArray& array, const std::string& type,
+                                             const std::vector<std::int64_t>& shape, bool written, const char* who) {
+    if (array.type != type)
+        throw pybind11::type_error(std::string(who) + " has type " + array.type + "; " + type + " would be right");
+    check(array.shape == shape, who, " has shape ", text_of(array.shape), "; ", text_of(shape), " would be right");
+    check(array.shape.back() <= 1 || array.strides.back() == array.item_size(), who,
+          " is not contiguous along its last index; contiguous rows would be right");
+    check(!written || array.writeable, who, " is read-only; a writeable array would be right");
+    std::vector<std::int64_t> strides;
+    for (const std::int64_t stride : array.strides) {
+        check(stride % array.item_size() == 0, who, " has a stride of ", stride,
+              " bytes; whole elements would be right");
+        strides.push_back(stride / array.item_size());
+    }
+    return strides;
+}
+
 }  // namespace fivedp

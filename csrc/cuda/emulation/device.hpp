@@ -169,6 +169,28 @@ inline float fast_exp2(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // NaN passes
 }
+inline float fast_reciprocal(float x) {
+    return 1.0f / x;
+}
+inline double normal_distribution(double x) {
+    return 0.5 * std::erfc(-0.70710678118654752440 * x);
+}
+inline float normal_distribution(float x) {
+    return static_cast<float>(normal_distribution(static_cast<double>(x)));
+}
+inline void sine_cosine(double x, double* sine, double* cosine) {
+    *sine = std::sin(x);
+    *cosine = std::cos(x);
+}
+// The emulation is compiled without contraction.
+template <class T>
+T multiply_rounded(T a, T b) {
+    return a * b;
+}
+template <class T>
+T add_rounded(T a, T b) {
+    return a + b;
+}
 inline std::uint16_t float_as_bf16_bits(float value) {
     const std::uint32_t bits = float_as_bits(value);
     if (value != value) return 0x7fff;
@@ -184,7 +206,13 @@ inline std::uint32_t pack_half_pair(float low, float high) {
 }
 
 // What CUDA's own library has under these names.
+using std::exp;
+using std::exp2;
+using std::fma;
 using std::isfinite;
+using std::log;
+using std::log2;
+using std::sqrt;
 inline float rsqrtf(float x) {
     return 1.0f / std::sqrt(x);
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from fivedp.kernels._select import raw
 
-__all__ = ["extension", "raw", "stream_of"]
+__all__ = ["empty_like", "extension", "is_built", "optional_raw", "raw", "stream_of"]
 
 
 @functools.cache
@@ -31,6 +31,16 @@ def extension() -> Any:
         ) from missing
 
 
+@functools.cache
+def is_built() -> bool:
+    """Whether `fivedp._cuda` can be loaded here."""
+    try:
+        extension()
+    except ImportError:
+        return False
+    return True
+
+
 def stream_of(array: Any) -> int:
     """The current stream of the array's device; 0 for a NumPy array, which only the emulated GPU takes."""
     if isinstance(array, np.ndarray):
@@ -38,3 +48,17 @@ def stream_of(array: Any) -> int:
     import cupy
 
     return int(cupy.cuda.get_current_stream(array.device.id).ptr)
+
+
+def optional_raw(array: Any, who: str) -> Any:
+    """`raw` of an argument that may be None."""
+    return None if array is None else raw(array, who)
+
+
+def empty_like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array beside `array`, in the memory of its device."""
+    if isinstance(array, np.ndarray):
+        return np.empty(shape, dtype)
+    import cupy
+
+    return cupy.empty(shape, dtype)
