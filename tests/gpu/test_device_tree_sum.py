@@ -38,7 +38,7 @@ def test_bits_are_those_of_the_cpu(xp: Any, host: Any, seed: int, types: Any, sp
         shape = [(3, 7), (2, 3, 130), (1, 1), (33, 64)][(number + len(spans)) % 4]
         # All aligned and contiguous, or not.
         place: dict[str, int] = [{}, {"offset": 1}, {"gap": 3}][rng.integers(3)]
-        partials = [draw(rng, shape, dtype) * 10.0 ** rng.integers(-3, 4) for _ in spans]
+        partials = [draw(rng, shape, dtype) * dtype.type(10.0 ** int(rng.integers(-3, 4))) for _ in spans]
         before = draw(rng, shape, out_type) if beta else np.full(shape, np.nan, out_type)
         cpu.tree_sum(partials, spans, right := before.copy(), alpha=alpha, beta=beta)
         out = Guarded(xp, shape, out_type, values=before, **place)
