@@ -18,7 +18,7 @@ from fivedp.kernels._select import sum_type
 from fivedp.layout.dispatch import Incoming, Outgoing, owners_to_help
 from fivedp.layout.experts import cut_experts, subtrees
 from fivedp.layout.shares import share
-from fivedp.ops.expert_dispatch import DispatchPlan
+from fivedp.ops.dispatch_plan import DispatchPlan
 from mpi_launcher import run_mpi
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def plans(tables: Tables, E: int, H: int, dtype: Any, wire: str) -> list[Dispatc
     found = []
     for rank in range(P):
         incoming = Incoming([out.pairs[out.of_owner[rank]] for out in outgoing], cut, rank)
-        group: Any = SimpleNamespace(size=P, index=rank)
+        group: Any = SimpleNamespace(size=P, index=rank, node_of=(0,) * P, cache={})
         shape = tables[rank].shape
         n_tokens = tuple(map(len, tables))
         found.append(DispatchPlan(group, cut, outgoing[rank], incoming, n_tokens, (), H, shape, dtype, wire))

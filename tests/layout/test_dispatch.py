@@ -185,7 +185,7 @@ def test_sums_are_those_of_one_rank_to_the_last_bracket(world: World, weighted: 
         arrays = {0: rows[rank]}
         for owner in world.ranks:
             if owner != rank:
-                table = world.incoming[owner].sums(rank, weighted)
+                table = world.incoming[owner].sums([rank], weighted)
                 assert len(table.starts) == 1 + out.n_returns[owner]
                 arrays[1 + owner] = carried_out(table, {0: rows[owner]}, n_experts)
         table = out.sums(world.incoming[rank].positions[rank], weighted)

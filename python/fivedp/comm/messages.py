@@ -142,7 +142,7 @@ class Mailbox:
         self.pool: BufferPool = grid.cache.setdefault("buffer_pool", BufferPool())
         self._sent: list[_Sent] = []
         self._boxes: dict[tuple[Any, ...], _Box] = {}
-        self._placed: list[tuple[int, int]] = []
+        self._placed: list[Workspace] = []
         self._receiving: list[Receipt] = []
         self._first_tag = tag_number(group, 0)
 
@@ -173,8 +173,8 @@ class Mailbox:
         extent = self._window.take(array.nbytes)
         if extent is None:
             return array
-        self._placed.append(extent)
         copy = self._window.array(extent, array.shape, array.dtype)
+        self.give_at_end(Workspace(copy, extent))
         copy[...] = array
         return copy
 
@@ -184,6 +184,10 @@ class Mailbox:
             self._window.give(workspace.extent)
         if workspace.buffer is not None:
             self.pool.give(workspace.buffer)
+
+    def give_at_end(self, workspace: Workspace) -> None:
+        """Return a workspace when the call ends."""
+        self._placed.append(workspace)
 
     def send(self, array: Array, peer: int, tag: int, stage: int) -> None:
         """Send an array to a member; it must not change until a `flush` of its stage."""
@@ -376,11 +380,10 @@ class Mailbox:
             receipt.cell = None
 
     def close(self) -> None:
-        """Wait until every message has been received, and return what was placed in the window."""
+        """Wait until every message has been received, and return the memory that was lent until then."""
         self.flush()
-        for extent in self._placed:
-            assert self._window is not None
-            self._window.give(extent)
+        for workspace in self._placed:
+            self.give_workspace(workspace)
         self._placed = []
 
     def abandon(self) -> None:

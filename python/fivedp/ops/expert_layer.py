@@ -26,12 +26,13 @@ from fivedp.kernels import experts as kernel
 from fivedp.kernels._select import sum_type
 from fivedp.kernels.gemm import gemm
 from fivedp.layout.shares import share
+from fivedp.ops.arguments import checked
 from fivedp.ops.batch_ranks import BatchRanks
+from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
 from fivedp.ops.expert_dispatch import (
     TYPES,
     WIRES,
     Dispatched,
-    DispatchPlan,
     agree_along,
     check_routing,
     check_rows,
@@ -39,7 +40,6 @@ from fivedp.ops.expert_dispatch import (
     combine,
     group_of,
     in_type,
-    plan_dispatch,
     scalars_home,
 )
 from fivedp.ops.matmul import sharded_matmul
@@ -165,9 +165,9 @@ def expert_layer(
     -----
     Collective over all ranks of `comm`.
     """
-    name, group, error = "expert_layer", group_of(comm), None
-    n_experts = 0
-    try:
+    name, group = "expert_layer", group_of(comm)
+
+    def check() -> int:
         check_tensor_axis(name, comm, tensor)
         n_experts = _check(group.size, group.index, x, router, w_up, w_gate, w_down, activation, wire)
         if routing is not None:
@@ -176,8 +176,10 @@ def expert_layer(
                 raise ShapeError(f"{name}: `routing` has {routing.n_experts} experts and `router` {n_experts}")
             if route_keywords:
                 raise LayoutError(f"{name}: routing is given, and so is {next(iter(route_keywords))}; expected either")
-    except ValueError as found:
-        error = found
+        return n_experts
+
+    found, error = checked(check)
+    n_experts = found or 0
     if tensor:  # ranks along it make their routings apart from each other, so they must hear of an error before
         agree_along(name, comm, tensor, f"top_k={top_k}, {activation}, wire={wire}, tensor={tensor}", x, error)
     alone = not (keep or route_keywords.get("capacity_factor") or route_keywords.get("choice", "token") != "token")
@@ -191,10 +193,10 @@ def expert_layer(
         try:
             # Losses and capacities are those of all ranks' tokens; where neither is asked for, no rank needs another.
             routing = route(logits, top_k, comm=None if alone else comm, **route_keywords)
-        except ValueError as found:
+        except ValueError as refused:
             if not alone:
                 raise
-            error = found
+            error = refused
     columns = 0 if error is not None else w_up.shape[2]
     size = "" if tensor else f" of {columns}"
     text = f"{n_experts} experts{size}, top_k={top_k}, {activation}, wire={wire}, tensor={tensor}"
@@ -281,11 +283,7 @@ def expert_layer_backward(
     Collective over the ranks of the forward. The tokens travel once more: owners keep no rows.
     """
     name, plan, x = "expert_layer_backward", state.plan, state.x
-    error = None
-    try:
-        check_rows(name, "dy", dy, x.shape, (x.dtype,))
-    except ValueError as found:
-        error = found
+    _, error = checked(lambda: check_rows(name, "dy", dy, x.shape, (x.dtype,)))
     text = f"{plan.cut.n_experts} experts, tensor={state.tensor}"
     what, _ = agree_along(name, state.comm, state.tensor, text, dy, error)
     dx = np.empty(x.shape, plan.sums)

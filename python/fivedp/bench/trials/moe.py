@@ -27,7 +27,8 @@ from fivedp.kernels._select import sum_type
 from fivedp.layout.dispatch import pair_type
 from fivedp.layout.experts import cut_experts
 from fivedp.layout.explain import plan_for
-from fivedp.ops.expert_dispatch import Dispatched, pairs_bytes
+from fivedp.ops.dispatch_plan import pairs_bytes
+from fivedp.ops.expert_dispatch import Dispatched
 from fivedp.ops.work_sharing import SharedWork
 
 Array = NDArray[Any]
