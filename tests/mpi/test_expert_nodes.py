@@ -19,11 +19,10 @@ from fivedp.layout.explain_experts import crossing_counts
 from fivedp.layout.nodes import Nodes
 from mpi_experts import BFLOAT16, DTYPES, assert_same_error, draw_case, on_nodes, window_from
 
-RANKS = (3, 4, 5, 6, 8)
+RANKS = (4, 5, 6, 8)
 TIMEOUT = 150
 # For each number of ranks, the node of each.
 MAPS = {
-    3: [(0, 0, 1)],
     4: [(0, 0, 1, 1), (0, 1, 0, 1)],
     5: [(0, 0, 0, 1, 1)],
     6: [(0, 0, 0, 1, 1, 1), (0, 0, 1, 1, 2, 2)],

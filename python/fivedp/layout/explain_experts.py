@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (np.dtype knows "bfloat16" by it)
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +16,8 @@ from fivedp.layout.hot_experts import Replica, node_seconds, replicas
 from fivedp.layout.nodes import Counts, Network, Nodes, RowWay, cheapest, row_ways
 from fivedp.layout.shares import border
 
-_BF16 = np.dtype(ml_dtypes.bfloat16)
+# Copies of each direction that have a line of their own.
+_SHOWN = 4
 
 
 def crossing_counts(
@@ -87,7 +88,8 @@ def explain_experts(
     Returns
     -------
     text : str
-        The way that a layer takes is marked. Copies of hot experts are priced only: no call makes them.
+        The way that a layer takes is marked. Copies of hot experts are priced only: no call makes them. Prices of
+        products suppose that ranks of a node share them.
 
     Raises
     ------
@@ -121,11 +123,16 @@ def explain_experts(
     for node, (n, s) in enumerate(zip(rows, seconds, strict=True)):
         lines.append(f"  {f'node {node}':<20}{n:>12}{'':>12}{1e3 * s:>12.3f}")
     lines.append(f"  {'a copy elsewhere':<20}{'rows':>12}{'saved ms':>12}{'costs ms':>12}   of an expert")
-    for backward in (False, True):
+    for name, backward in (("forward", False), ("backward", True)):
         found = replicas(loads, cut, on, width, hidden, kind.itemsize, network, backward=backward)
-        lines += [_replica_line(replica, backward) for replica in found]
+        lines += [_replica_line(f"{name}, {replica.expert}", replica) for replica in found[:_SHOWN]]
+        if rest := found[_SHOWN:]:
+            pay = [replica for replica in rest if replica.pays]
+            n, saved, cost = (sum(getattr(r, field) for r in pay) for field in ("rows", "saved", "cost"))
+            more = f"{name}, {len(pay)} more"
+            lines.append(f"  {more:<20}{n:>12}{1e3 * saved:>12.3f}{1e3 * cost:>12.3f}   that pay")
         if not found:
-            lines.append(f"  {'backward' if backward else 'forward'}: none, the nodes are even")
+            lines.append(f"  {name}: the nodes are even")
     return "\n".join(lines)
 
 
@@ -133,8 +140,7 @@ def _way_line(way: RowWay, taken: bool) -> str:
     return f"  {way.name:<20}{way.rows:>12}{way.n_bytes / 1e6:>12.3f}{1e3 * way.seconds:>12.3f}{'   taken' * taken}"
 
 
-def _replica_line(replica: Replica, backward: bool) -> str:
-    name = f"{'backward' if backward else 'forward'}, {replica.expert}"
+def _replica_line(name: str, replica: Replica) -> str:
     return (
         f"  {name:<20}{replica.rows:>12}{1e3 * replica.saved:>12.3f}{1e3 * replica.cost:>12.3f}"
         f"   from node {replica.owner} to {replica.helper}: {'pays' if replica.pays else 'does not pay'}"

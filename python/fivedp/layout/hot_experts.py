@@ -35,7 +35,7 @@ class Replica:
     rows : int
         That the helper takes.
     saved, cost : float
-        Seconds: by which the busiest node is done earlier, and of what travels for it.
+        Seconds: by which the owner is done earlier, and of what travels for it.
     """
 
     expert: int
@@ -97,8 +97,7 @@ def replicas(
     sent = (2 * width + 3 * hidden) * itemsize if backward else 0
     node_of = np.array(nodes.of)[cut.owner]
     speeds = [network.flops * len(members) for members in nodes.members]
-    left = np.array(loads, np.int64)
-    rows = np.bincount(node_of, weights=left, minlength=nodes.count)
+    rows = np.bincount(node_of, weights=loads, minlength=nodes.count)
     seconds = np.array(node_seconds(rows.tolist(), nodes, whole, network))
     found: list[Replica] = []
     while True:
@@ -106,18 +105,16 @@ def replicas(
         if seconds[busy] <= _BALANCED * seconds.mean():
             return found
         taken = {replica.expert for replica in found}
-        candidates = [e for e in np.flatnonzero(node_of == busy).tolist() if e not in taken and left[e]]
+        candidates = [e for e in np.flatnonzero(node_of == busy).tolist() if e not in taken and loads[e]]
         if not candidates:
             return found
-        expert = max(candidates, key=lambda e: int(left[e]))
+        expert = max(candidates, key=lambda e: loads[e])
         # So many that both nodes are done together.
         even = (seconds[busy] - seconds[idle]) / (moved / speeds[busy] + moved / speeds[idle])
-        n = min(int(left[expert]), int(even))
-        after = seconds.copy()
-        after[busy] -= n * moved / speeds[busy]
-        after[idle] += n * moved / speeds[idle]
-        saved, cost = float(seconds.max() - after.max()), (weights + n * sent) / network.link
+        n = min(loads[expert], int(even))
+        saved, cost = n * moved / speeds[busy], (weights + n * sent) / network.link
         found.append(Replica(expert, busy, idle, n, saved, cost))
         if not found[-1].pays:
             return found
-        seconds, left[expert] = after, left[expert] - n
+        seconds[busy] -= saved
+        seconds[idle] += n * moved / speeds[idle]
