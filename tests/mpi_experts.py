@@ -28,9 +28,11 @@ import fivedp
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
 from fivedp.layout import dispatch as layout_of_dispatch
+from fivedp.ops import arriving_rows
 from fivedp.ops.dispatch_plan import DispatchPlan
 from fivedp.ops.expert_layer import ExpertGradients, ExpertLayerState
 from fivedp.ops.routing import Routing
+from fivedp.ops.shared_experts import SharedExperts
 from fivedp.ops.work_sharing import SharedWork
 from fivedp.reference.experts_reference import Activation, Experts, chosen_softmax, chosen_softmax_backward
 from mpi_attention import collected, dirty_memory
@@ -38,7 +40,10 @@ from mpi_attention import collected, dirty_memory
 Array = Any
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64), BFLOAT16)
-RESULTS = ("y", "dx", "d_router", "d_w_up", "d_w_gate", "d_w_down", "d_weights")
+OF_SHARED = ("d_shared_up", "d_shared_gate", "d_shared_down", "d_shared_router")
+RESULTS = ("y", "dx", "d_router", "d_w_up", "d_w_gate", "d_w_down", "d_weights", *OF_SHARED)
+OVER_TOKENS = ("d_router", *OF_SHARED)
+"""Sums over the tokens of all ranks, the same on each."""
 ULPS = 16  # a row passes through three products, the activation, its weight and the tree
 
 __all__ = ["collected", "dirty_memory"]
@@ -108,6 +113,13 @@ def assert_at_the_bound(plan: DispatchPlan) -> None:
 
 
 @contextmanager
+def taken_apart_from(rows: int) -> Iterator[None]:
+    """Multiply rows that have come while others travel, where both are so many for each expert."""
+    with mock.patch.object(arriving_rows, "ENOUGH_ROWS", rows):
+        yield
+
+
+@contextmanager
 def work_is_shared(wanted: bool = True) -> Iterator[list[int]]:
     """Every owner with more rows than the mean lets the others of its node help, at any price; not on a narrow wire.
 
@@ -152,6 +164,7 @@ class Case:
     """How x, router, w_up, w_gate, w_down and dy lie in memory."""
     losses: tuple[float, float] = (0.0, 0.0)
     """The gradients of the balance loss and of the z-loss."""
+    shared: SharedExperts | None = None
 
     @property
     def n_experts(self) -> int:
@@ -163,6 +176,10 @@ class Case:
         mine = of_rank(self.n_experts, comm)
         gate = None if self.w_gate is None else self.w_gate[mine]
         keywords = {"top_k": self.top_k, "activation": self.activation, **self.keywords}
+        if self.shared is not None:
+            keywords["shared"] = SharedExperts(
+                *(spread(a, kind) for a, kind in zip(matrices(self.shared), self.lies, strict=False))
+            )
         if self.experts is not None and self.weights is not None:
             keywords["routing"] = routing_of(self.experts[tokens], self.weights[tokens], self.n_experts)
         arrays = [self.x[tokens], self.router, self.w_up[mine], gate, self.w_down[mine], self.dy[tokens]]
@@ -203,7 +220,7 @@ class Case:
         even = [len(part) for part in np.array_split(self.x, len(self.borders) - 1)] == np.diff(self.borders).tolist()
         for name, a, b in zip(RESULTS, whole, alone, strict=False):
             # The router's gradient is summed over tokens by their place in the whole only if ranks hold equal shares.
-            if a is not None and (name != "d_router" or even):
+            if a is not None and (name not in OVER_TOKENS or even):
                 assert a.tobytes() == b.tobytes(), f"{name} has other bits on one rank"
 
     def check(self, whole: list[Any], experts: Array, weights: Array) -> None:
@@ -213,25 +230,33 @@ class Case:
             self._results(experts, weights, kind, stored)
             for kind, stored in (("exact", None), ("plain", dtype), ("size", None))
         )
-        kink = self.activation == "relu" and self._near_a_kink(experts)
+        kink = self.activation == "relu" and self._near_a_kink()
         u = 2.0**-24 if sums(dtype) == np.float32 else 2 * 2.0**-53  # the oracle has an error of its own
         # 16 bits: what is stored between the products, and the result itself.
         rounded = 4.1 * 2.0**-8 if dtype == BFLOAT16 or self.keywords.get("wire") == "bfloat16" else 0.0
-        for name, found, exact, usual, scale in zip(RESULTS, whole, right, plain, size, strict=True):
+        names = RESULTS[: len(right)]
+        for name, found, exact, usual, scale in zip(names, whole, right, plain, size, strict=True):
             if exact is None:
                 assert found is None
                 continue
             wanted = self.router.dtype if name == "d_router" else sums(dtype) if name == "d_weights" else dtype
+            if name == "d_shared_router" and self.shared is not None:
+                wanted = self.shared.router.dtype
             assert found.dtype == wanted, f"{name} is {found.dtype}"
             if kink and name != "y":
                 continue
             assert_as_exact(name, found, usual.astype(dtype), exact, scale, ULPS * u + rounded)
 
-    def _near_a_kink(self, experts: Array) -> bool:
+    def _near_a_kink(self) -> bool:
         """Whether rounding may decide which side of the kink of relu a product is on."""
-        x, w = self.x.astype(np.float64), self.w_up.astype(np.float64)
-        product, size = np.einsum("th,ehf->tef", x, w), np.einsum("th,ehf->tef", abs(x), abs(w))
-        return bool((abs(product) <= 1e-5 * size)[size > 0].any()) and sums(self.x.dtype) == np.float32
+        x = self.x.astype(np.float64)
+        for w_up in (self.w_up, None if self.shared is None else self.shared.w_up[None]):
+            if w_up is not None and sums(self.x.dtype) == np.float32:
+                w = w_up.astype(np.float64)
+                product, size = np.einsum("th,ehf->tef", x, w), np.einsum("th,ehf->tef", abs(x), abs(w))
+                if (abs(product) <= 1e-5 * size)[size > 0].any():
+                    return True
+        return False
 
     def _results(self, experts: Array, weights: Array, kind: str, stored: Any) -> list[Any]:
         """The results in float64, in the type of sums, or of absolute values."""
@@ -261,7 +286,40 @@ class Case:
             else:
                 d_logits = chosen_softmax_backward(d.weights, weights, experts, self.n_experts)
             dx, d_router = dx + d_logits @ router.T, x.T @ d_logits
-        return [y, dx, d_router, d.w_up, d.w_gate, d.w_down, d.weights]
+        results = [y, dx, d_router, d.w_up, d.w_gate, d.w_down, d.weights]
+        if self.shared is None:
+            return results
+        w = [None if a is None else abs(a.astype(dtype)) if kind == "size" else a.astype(dtype)
+             for a in matrices(self.shared)]  # fmt: skip
+        *results[:2], more = shared_results(x, dy, w, activation, layer.stored, kind == "size", results[:2])
+        return results + more
+
+
+def shared_results(
+    x: Array, dy: Array, w: list[Array], activation: Any, stored: Any, size: bool, routed: list[Array]
+) -> tuple[Array, Array, list[Array]]:
+    """y and dx of a layer with shared experts from those of the routed ones, and the gradients `OF_SHARED`."""
+    w_up, w_gate, w_down, router = w
+    gate = None if w_gate is None else w_gate[None]
+    layer = Experts(w_up[None], gate, w_down[None], activation, dtype=x.dtype, stored=stored)
+    everyone, weights, slope = np.zeros((len(x), 1), np.int32), np.ones((len(x), 1), x.dtype), None
+    if router is not None:
+        logits = x @ router
+        if size:  # of all the sigmoid and its slope may be, with what an error of the logit does to them
+            weights = slope = 1 + logits
+        else:
+            weights = 1 / (1 + np.exp(-logits))
+            slope = weights * (1 - weights)
+    d = layer.backward(dy, x, everyone, weights)
+    y, dx, d_router = routed[0] + layer(x, everyone, weights), routed[1] + d.x, None
+    if slope is not None:
+        dx, d_router = dx + (d.weights * slope) @ router.T, x.T @ (d.weights * slope)
+    return y, dx, [d.w_up[0], None if d.w_gate is None else d.w_gate[0], d.w_down[0], d_router]
+
+
+def matrices(shared: SharedExperts) -> list[Any]:
+    """The weights of shared experts, or their gradients, in the order of `OF_SHARED`."""
+    return [shared.w_up, shared.w_gate, shared.w_down, shared.router]
 
 
 def assert_as_exact(name: str, found: Array, plain: Array, exact: Array, size: Array, allowance: float) -> None:
@@ -279,16 +337,21 @@ def assert_as_exact(name: str, found: Array, plain: Array, exact: Array, size: A
 
 def results_of(d: ExpertGradients) -> list[Any]:
     """The gradients among `RESULTS`."""
-    return [d.x, d.router, d.w_up, d.w_gate, d.w_down, d.weights]
+    shared = [] if d.shared is None else matrices(d.shared)
+    return [d.x, d.router, d.w_up, d.w_gate, d.w_down, d.weights, *shared]
 
 
 def joined(parts: list[list[Any]]) -> list[Any]:
     """Whole results from those of every rank."""
     whole = []
     for name, shares in zip(RESULTS, zip(*parts, strict=True), strict=False):
-        if name == "d_router":
-            assert len({share.tobytes() for share in shares}) == 1, "ranks have different gradients of the router"
-        whole.append(None if shares[0] is None else shares[0] if name == "d_router" else np.concatenate(shares))
+        if shares[0] is None:
+            whole.append(None)
+        elif name in OVER_TOKENS:
+            assert len({share.tobytes() for share in shares}) == 1, f"ranks have different {name}"
+            whole.append(shares[0])
+        else:
+            whole.append(np.concatenate(shares))
     return whole
 
 
@@ -307,12 +370,18 @@ def draw_case(
     given: bool = False,
     empty: float = 0.0,
     skew: float = 0.0,
+    shared: int | None = None,
+    shared_router: bool = False,
     **keywords: Any,
 ) -> Case:
-    """A layer of normal numbers; `given` says that the routing is, with `empty` slots and low experts by `skew`."""
+    """A layer of normal numbers.
+
+    `given` says that the routing is, with `empty` slots and low experts by `skew`; `shared` is how many hidden features
+    shared experts have, where there are any.
+    """
 
     def normal(*shape: int) -> Array:
-        return (rng.standard_normal(shape) * shape[-2] ** -0.5).astype(dtype)
+        return (rng.standard_normal(shape) * max(1, shape[-2]) ** -0.5).astype(dtype)
 
     case = Case(
         rng.standard_normal((n_tokens, width)).astype(dtype), rng.standard_normal((n_tokens, width)).astype(dtype),
@@ -323,6 +392,11 @@ def draw_case(
     if given:
         case.experts = draw_experts(rng, n_tokens, n_experts, top_k, empty=empty, skew=skew)
         case.weights = rng.standard_normal((n_tokens, top_k)).astype(sums(dtype))
+    if shared is not None:
+        case.shared = SharedExperts(
+            normal(width, shared), normal(width, shared) if activation == "swiglu" else None, normal(shared, width),
+            normal(width, 1) if shared_router else None,
+        )  # fmt: skip
     return case
 
 

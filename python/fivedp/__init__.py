@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fivedp.ops.routing import Routing, route, route_backward, update_bias
     from fivedp.ops.sequence import sequence_gather, sequence_shard
     from fivedp.ops.sharding import gather, shard
+    from fivedp.ops.shared_experts import SharedExperts
     from fivedp.ops.workloads import balanced, load_report, routing_workload
 
 __version__ = "0.1.0"
@@ -73,6 +74,7 @@ _HOMES = {
     "fivedp.ops.routing": ("Routing", "route", "route_backward", "update_bias"),
     "fivedp.ops.sequence": ("sequence_gather", "sequence_shard"),
     "fivedp.ops.sharding": ("gather", "shard"),
+    "fivedp.ops.shared_experts": ("SharedExperts",),
     "fivedp.ops.workloads": ("balanced", "load_report", "routing_workload"),
 }
 _PACKAGES = ("comm", "errors", "kernels", "layout", "ops")
@@ -88,6 +90,7 @@ __all__ = [
     "PeerError",
     "Routing",
     "ShapeError",
+    "SharedExperts",
     "__version__",
     "balanced",
     "decode_attention",

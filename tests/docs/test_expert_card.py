@@ -324,7 +324,7 @@ import numpy as np
 from mpi4py import MPI
 import fivedp
 from fivedp.kernels import experts as kernel
-from fivedp.ops import expert_layer as layer
+from fivedp.ops import expert_layer as layer, routing, token_sums
 
 flops = 0
 
@@ -344,9 +344,9 @@ kernel.expert_hidden = counting(
     kernel.expert_hidden,
     lambda x, w_gate, w_up, offsets, hidden: (4 if w_gate is not None else 2) * hidden.size * w_up.shape[1],
 )
-layer.gemm = counting(layer.gemm, lambda a, b, out: 2 * a.shape[0] * a.shape[1] * b.shape[1])
-product = layer.sharded_matmul
-layer.sharded_matmul = counting(product, lambda a, b, *more: 2 * a.shape[0] * a.shape[1] * b.shape[1])
+dense = lambda a, b, *more: 2 * a.shape[0] * a.shape[1] * b.shape[1]
+layer.gemm, routing.gemm = counting(layer.gemm, dense), counting(routing.gemm, dense)
+token_sums.sharded_matmul = counting(token_sums.sharded_matmul, dense)
 
 T, H, F, E, k = 40, 6, 10, 8, 3
 rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ from mpi4py import MPI
 import fivedp
 import mpi_dispatch
 from drawn_cases import cases
+from fivedp import SharedExperts
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
 from fivedp.kernels.experts import ACTIVATIONS
@@ -27,7 +28,9 @@ from mpi_experts import (
     assert_at_the_bound,
     collected,
     draw_case,
+    matrices,
     on_nodes,
+    taken_apart_from,
     window_from,
     work_is_shared,
 )
@@ -65,6 +68,11 @@ class Drawn:
     """Whether ranks share the products of the one that has most, whatever that costs."""
     nodes: str
     """How ranks lie on nodes."""
+    apart: bool
+    """Whether rows that have come are multiplied while others travel, however few they are."""
+    shared: int | None
+    """How many hidden features shared experts have, where there are any."""
+    shared_router: bool
     options: tuple[tuple[str, Any], ...] = ()
     """Of `route`."""
     losses: tuple[float, float] = (0.0, 0.0)
@@ -106,6 +114,9 @@ def drawn(**fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Drawn]:
         "from_bytes": ONE_OF([shared_window.MIN_BYTES, 1]),
         "helped": ONE_OF([False, False, False, False, True]),
         "nodes": ONE_OF(["one", "one", "one", *NODES]),
+        "apart": st.booleans(),
+        "shared": ONE_OF([None, None, None, 0, 1, 5, 16]),
+        "shared_router": st.booleans(),
     }
     return st.builds(Drawn, **(fields | fixed))
 
@@ -128,11 +139,12 @@ def build(drawn: Drawn, ranks: int) -> Case:
         np.random.default_rng(drawn.seed), np.dtype(drawn.dtype), ranks, n_tokens=drawn.n_tokens, width=drawn.width,
         inner=drawn.inner, n_experts=drawn.n_experts, top_k=drawn.top_k, activation=drawn.activation,
         share=drawn.share, given=drawn.given, empty=drawn.empty, skew=drawn.skew, wire=drawn.wire,
+        shared=drawn.shared, shared_router=drawn.shared_router,
     )  # fmt: skip
     case.lies, case.losses = drawn.lies, drawn.losses
     if not drawn.given:
         case.keywords |= drawn.options
-    if drawn.poison and case.experts is not None:
+    if drawn.poison and case.experts is not None and case.shared is None:
         nowhere = (case.experts < 0).all(axis=1)
         case.x[nowhere] = case.dy[nowhere] = np.nan
     return case
@@ -143,11 +155,12 @@ def build(drawn: Drawn, ranks: int) -> Case:
 def test_drawn_layer_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn) -> None:
     whole, comm = build(case, comm.size), placed(comm, case.nodes)
     traffic = grid_of(comm).traffic
-    with window_from(case.from_bytes), work_is_shared(case.helped):
+    with window_from(case.from_bytes), work_is_shared(case.helped), taken_apart_from(0 if case.apart else 128):
         start = traffic.bytes_sent
         results, state = whole.run(comm)
         sent = traffic.bytes_sent - start
-    if case.given and not case.helped:  # to make a routing, and to share work, ranks have messages of their own
+    # To make a routing, to share work and to sum gradients of shared experts, ranks have messages of their own.
+    if case.given and not case.helped and case.shared is None:
         bill = state.plan.bytes_sent()
         pairs = sum(len(places) for r, places in enumerate(state.plan.incoming.positions) if r != comm.rank)
         there_and_back = bill["pairs"] + 3 * bill["rows"] + 2 * bill["returns"] + pairs * state.plan.sums.itemsize
@@ -194,20 +207,30 @@ def test_gradients_are_the_slope_of_the_forward(comm: MPI.Intracomm, case: Drawn
     directions = [
         None if a is None else (same if i == 1 else rng).standard_normal(a.shape) for i, a in enumerate(arrays)
     ]
+    weights = [] if whole.shared is None else matrices(keywords.pop("shared"))
+    turns = [None if a is None else same.standard_normal(a.shape) for a in weights]
     choices = []
+
+    def moved(values: list[Any], along: list[Any], step: float) -> list[Any]:
+        return [a if d is None else a + step * d for a, d in zip(values, along, strict=True)]
+
+    def call(step: float) -> Any:
+        shared = SharedExperts(*moved(weights, turns, step)) if weights else None
+        return fivedp.expert_layer(*moved(arrays, directions, step), comm, keep=True, shared=shared, **keywords)
 
     def loss(step: float) -> tuple[float, float]:
         """This rank's part of the loss, and the sum of the sizes of its terms."""
-        moved = (a if d is None else a + step * d for a, d in zip(arrays, directions, strict=True))
-        y, state = fivedp.expert_layer(*moved, comm, keep=True, **keywords)
+        y, state = call(step)
         choices.append(state.routing.experts)
         losses = np.dot(whole.losses, (state.routing.aux_loss, state.routing.z_loss)) if comm.rank == 0 else 0.0
         return float((dy * y).sum() + losses), float(abs(dy * y).sum() + losses)
 
-    _, state = fivedp.expert_layer(*arrays, comm, keep=True, **keywords)
+    _, state = call(0.0)
     d = fivedp.expert_layer_backward(dy, state, d_aux_loss=whole.losses[0], d_z_loss=whole.losses[1])
     gradients = [d.x, d.router if comm.rank == 0 else 0 * d.router, d.w_up, d.w_gate, d.w_down]
-    terms = [(g * to).reshape(-1) for g, to in zip(gradients, directions, strict=True) if to is not None]
+    if d.shared is not None:
+        gradients += [None if g is None else g * (comm.rank == 0) for g in matrices(d.shared)]
+    terms = [(g * to).reshape(-1) for g, to in zip(gradients, directions + turns, strict=True) if to is not None]
     slope = float(np.concatenate(terms).sum())
     h = 1e-4
     (up, size), (down, _), (up_2, _), (down_2, _) = (loss(step) for step in (h, -h, 2 * h, -2 * h))

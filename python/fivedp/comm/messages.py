@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -361,6 +361,21 @@ class Mailbox:
                 receipt.target[...] = receipt.array
                 receipt.target = None
                 self.release(receipt)
+
+    def wait_some(self, receipts: Mapping[int, Receipt], *, least: int) -> list[int]:
+        """The keys of those that have come, after waiting until they are `least`; their arrays can be read."""
+        here: list[int] = []
+
+        def enough() -> bool:
+            here[:] = [key for key, receipt in receipts.items() if MPI.Request.Testall(receipt.requests)]
+            return len(here) >= least
+
+        def missing() -> list[int]:
+            return sorted(receipt.peer for key, receipt in receipts.items() if key not in here)
+
+        self.group.grid.watchdog.wait_until(enough, missing, self.what)
+        self.wait([receipts[key] for key in here])
+        return here
 
     def _wait_requests(self, receipts: list[Receipt]) -> None:
         requests = [request for receipt in receipts for request in receipt.requests]

@@ -12,7 +12,7 @@ the plan of a dispatch serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from mpi4py import MPI
 
 from fivedp.comm.grid import Group, grid_of, resolve_axes
 from fivedp.comm.mesh import TOKEN_AXES, Mesh
-from fivedp.comm.messages import TAGS, Mailbox, Receipt, mailbox
+from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
 from fivedp.kernels._select import sum_type
@@ -30,7 +30,7 @@ from fivedp.kernels.experts import Rows
 from fivedp.ops.arguments import ARRAY_NAMES, Arguments, agree_on, checked
 from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
 from fivedp.ops.matmul import share_cores
-from fivedp.ops.node_relay import RelayedRows, add_rows, relay_sums
+from fivedp.ops.node_relay import RelayedRows, RelayedSums, add_rows
 from fivedp.ops.routing import Routing
 
 Array = Any
@@ -166,7 +166,9 @@ def check_routing(operation: str, routing: Any, n_tokens: int) -> None:
 class Dispatched:
     """Rows of everybody's tokens on their way to this rank's experts.
 
-    `rows()` waits for them; `release()` says that they have been read for the last time.
+    `rows()` waits for them; `release()` says that they have been read for the last time. Who has work for some of them
+    need not wait for all: `near` have theirs where this rank can read them, those of the others come as messages, and
+    `arrived()` says whose have.
     """
 
     def __init__(self, mail: Mailbox, plan: DispatchPlan, x: Array, tag: str) -> None:
@@ -181,22 +183,41 @@ class Dispatched:
         self._relayed = None if plan.relay is None else RelayedRows(mail, plan, self.x.dtype, number)
         for peer in plan.peers:
             mail.send_rows(self.x, plan.outgoing.rows[peer], peer, number, 0)
+        self._waiting = dict(self._receipts)
+        self.near = [s for s in range(plan.group.size) if s not in self._receipts or self._receipts[s].note is not None]
+        """This rank, those that have no rows, and those whose rows are read in place."""
 
-    def rows(self) -> Rows:
-        """The rows of this rank's experts, in their order, where they lie."""
+    def arrived(self, least: int = 0) -> list[int]:
+        """The sources whose messages have come since the last call, after waiting until they are `least`."""
+        far = {source: receipt for source, receipt in self._waiting.items() if source not in self.near}
+        found = self.mail.wait_some(far, least=least)
+        for source in found:
+            del self._waiting[source]
+        return found
+
+    def wait(self, sources: Iterable[int]) -> None:
+        """Wait until the rows of some sources can be read."""
+        self.mail.wait([self._waiting.pop(source) for source in sources if source in self._waiting])
+
+    def rows(self, part: slice = slice(None)) -> Rows:
+        """The rows of this rank's experts, in their order, where they lie; of a part of them those that are here."""
         plan, incoming = self.plan, self.plan.incoming
-        self.mail.wait(list(self._receipts.values()))
+        if part == slice(None):
+            self.wait(self._receipts)
         nothing = np.empty((0, plan.width), self.x.dtype)
         arrays = [nothing] * plan.group.size
         whole = np.zeros(plan.group.size, np.bool_)
         arrays[plan.group.index], whole[plan.group.index] = self.x, True
         for source, receipt in self._receipts.items():
-            arrays[source], whole[source] = receipt.array, receipt.whole
-        index = incoming.token if whole.all() else np.where(whole[incoming.source], incoming.token, incoming.row)
+            if source not in self._waiting:
+                arrays[source], whole[source] = receipt.array, receipt.whole
+        senders, token = incoming.source[part], incoming.token[part]
+        index = token if whole.all() else np.where(whole[senders], token, incoming.row[part])
         if self._relayed is None or plan.relay is None:
-            return Rows(arrays, incoming.source, index)
+            return Rows(arrays, senders, index)
+        assert part == slice(None), "what comes through gateways comes as a whole"
         boxes, whole = self._relayed.arrays()
-        return Rows(arrays + boxes, *plan.relay.places(incoming.source, index, whole))
+        return Rows(arrays + boxes, *plan.relay.places(senders, index, whole))
 
     def release(self) -> None:
         """This rank has read the rows for the last time."""
@@ -206,76 +227,112 @@ class Dispatched:
             self._relayed.release()
 
 
-def combine(mail: Mailbox, plan: DispatchPlan, rows: Array, out: Array, *, weighted: bool) -> None:
-    """out (T, H): for each of this rank's tokens, the sum of its experts' rows. Collective over the group.
+class Returns:
+    """Sums of the experts' rows on their way back to the tokens: `send` to every other rank, once, then `add`.
 
     Parameters
     ----------
-    rows : (R, H)
-        Of this rank's experts, in the order of the plan, contiguous; of the tokens' type or that of sums.
     weighted : bool
         Whether rows are weighted by the routing as they are added.
     """
-    n_experts, tag, sums = plan.cut.n_experts, TAGS["replica"], plan.sums
-    back = plan.back_dtype
-    receipts = {
-        s: mail.receive((plan.outgoing.n_returns[s], plan.width), back, s, tag)
-        for s in plan.peers[::-1]
-        if plan.outgoing.n_returns[s]
-    }
-    spaces = []
-    for peer in plan.direct_peers:
-        if n := plan.incoming.n_sums[peer]:
-            spaces.append(mail.workspace((n, plan.width), back))
-            add_rows(plan.incoming.sums([peer], weighted), [rows], n_experts, spaces[-1].array)
-            mail.send(spaces[-1].array, peer, tag, 0)
-    if plan.relay is not None:
-        spaces += relay_sums(mail, plan, rows, weighted=weighted)
-    mail.wait(list(receipts.values()))
-    # Where rows are of 16 bits they are widened, for partial sums must not be rounded before they are added.
-    kind = sums if receipts else rows.dtype
-    arrays = [rows.astype(kind, copy=False)] + [np.empty((0, plan.width), kind)] * plan.group.size
-    for source, receipt in receipts.items():
-        arrays[1 + source] = receipt.array.astype(kind, copy=False)
-    table = plan.outgoing.sums(plan.incoming.positions[plan.group.index], weighted)
-    add_rows(table, arrays, n_experts, out)
-    for receipt in receipts.values():
-        mail.release(receipt)
-    mail.flush(0, (tag, TAGS["B"]))
-    for space in spaces:
-        mail.give_workspace(space)
+
+    def __init__(self, mail: Mailbox, plan: DispatchPlan, *, weighted: bool) -> None:
+        self.mail, self.plan, self.weighted = mail, plan, weighted
+        self._receipts = {
+            s: mail.receive((plan.outgoing.n_returns[s], plan.width), plan.back_dtype, s, TAGS["replica"])
+            for s in plan.peers[::-1]
+            if plan.outgoing.n_returns[s]
+        }
+        self._relayed = None if plan.relay is None else RelayedSums(mail, plan, weighted=weighted)
+        self._spaces: list[Workspace] = []
+
+    def send(self, rows: Array, peers: Iterable[int]) -> None:
+        """Add up what these ranks' tokens have here, and send it; their rows are complete, others need not be.
+
+        Parameters
+        ----------
+        rows : (R, H)
+            Of this rank's experts, in the order of the plan, contiguous; of the tokens' type or that of sums.
+        peers : iterable of int
+            Where sums go through gateways, all ranks in one call.
+        """
+        direct = set(self.plan.direct_peers)
+        for peer in peers:
+            if peer in direct and (n := self.plan.incoming.n_sums[peer]):
+                space = self.mail.workspace((n, self.plan.width), self.plan.back_dtype)
+                table = self.plan.incoming.sums([peer], self.weighted)
+                add_rows(table, [rows], self.plan.cut.n_experts, space.array)
+                self.mail.send(space.array, peer, TAGS["replica"], 0)
+                self._spaces.append(space)
+        if self._relayed is not None:
+            self._spaces += self._relayed.send(rows)
+
+    def add(self, rows: Array, out: Array) -> None:
+        """out (T, H): for each of this rank's tokens, the sum of its experts' rows, here and elsewhere."""
+        plan, receipts = self.plan, self._receipts
+        if self._relayed is not None:
+            self._spaces += self._relayed.add(rows)
+        self.mail.wait(list(receipts.values()))
+        # Where rows are of 16 bits they are widened, for partial sums must not be rounded before they are added.
+        kind = plan.sums if receipts else rows.dtype
+        arrays = [rows.astype(kind, copy=False)] + [np.empty((0, plan.width), kind)] * plan.group.size
+        for source, receipt in receipts.items():
+            arrays[1 + source] = receipt.array.astype(kind, copy=False)
+        table = plan.outgoing.sums(plan.incoming.positions[plan.group.index], self.weighted)
+        add_rows(table, arrays, plan.cut.n_experts, out)
+        for receipt in receipts.values():
+            self.mail.release(receipt)
+        self.mail.flush(0, (TAGS["replica"], TAGS["B"]))
+        for space in self._spaces:
+            self.mail.give_workspace(space)
+
+
+def combine(mail: Mailbox, plan: DispatchPlan, rows: Array, out: Array, *, weighted: bool) -> None:
+    """out (T, H): for each of this rank's tokens, the sum of its experts' rows (R, H). Collective over the group."""
+    returns = Returns(mail, plan, weighted=weighted)
+    returns.send(rows, plan.peers)
+    returns.add(rows, out)
 
 
 def in_type(rows: Rows, plan: DispatchPlan) -> Any:
     """The rows as arithmetic takes them: as they lie, or widened where the wire is narrower than the tokens."""
     if plan.wire_dtype == plan.dtype:
         return rows
-    tokens = np.empty((plan.n_rows, plan.width), plan.wire_dtype)
+    tokens = np.empty(rows.shape, plan.wire_dtype)
     kernel.gather_rows(rows, tokens)
     return tokens.astype(plan.dtype)
 
 
-def scalars_home(mail: Mailbox, plan: DispatchPlan, values: Array) -> Array:
-    """(T, k): a number for each pair, from the owners' (R,) back to the tokens. Collective over the group."""
-    tag, incoming, outgoing = TAGS["A"], plan.incoming, plan.outgoing
-    receipts = {
-        s: mail.receive((len(outgoing.of_owner[s]),), values.dtype, s, tag)
-        for s in plan.peers[::-1]
-        if len(outgoing.of_owner[s])
-    }
-    for peer in plan.peers:
-        if len(incoming.positions[peer]):
-            mail.send(values[incoming.positions[peer]], peer, tag, 0)
-    mail.wait(list(receipts.values()))
-    by_pair = np.empty(len(outgoing.pairs), values.dtype)
-    mine = plan.group.index
-    by_pair[outgoing.of_owner[mine]] = values[incoming.positions[mine]]
-    for source, receipt in receipts.items():
-        by_pair[outgoing.of_owner[source]] = receipt.array
-        mail.release(receipt)
-    table = np.zeros(plan.slots, values.dtype)
-    table[outgoing.pairs["token"], outgoing.slots] = by_pair
-    return table
+class ScalarsHome:
+    """A number for each pair, on its way from the owner of its expert to its token; as `Returns` are."""
+
+    def __init__(self, mail: Mailbox, plan: DispatchPlan, dtype: Any) -> None:
+        self.mail, self.plan, outgoing = mail, plan, plan.outgoing
+        self._receipts = {
+            s: mail.receive((len(outgoing.of_owner[s]),), dtype, s, TAGS["A"])
+            for s in plan.peers[::-1]
+            if len(outgoing.of_owner[s])
+        }
+
+    def send(self, values: Array, peers: Iterable[int]) -> None:
+        """Send to these ranks what belongs to their pairs; `values` are (R,), complete where those are."""
+        positions = self.plan.incoming.positions
+        for peer in peers:
+            if peer != self.plan.group.index and len(positions[peer]):
+                self.mail.send(values[positions[peer]], peer, TAGS["A"], 0)
+
+    def table(self, values: Array) -> Array:
+        """(T, k): the numbers of all of this rank's pairs, 0 where a slot is empty."""
+        plan, outgoing, mine = self.plan, self.plan.outgoing, self.plan.group.index
+        self.mail.wait(list(self._receipts.values()))
+        by_pair = np.empty(len(outgoing.pairs), values.dtype)
+        by_pair[outgoing.of_owner[mine]] = values[plan.incoming.positions[mine]]
+        for source, receipt in self._receipts.items():
+            by_pair[outgoing.of_owner[source]] = receipt.array
+            self.mail.release(receipt)
+        table = np.zeros(plan.slots, values.dtype)
+        table[outgoing.pairs["token"], outgoing.slots] = by_pair
+        return table
 
 
 # -- the public calls --------------------------------------------------------------------------------------------------
@@ -398,7 +455,9 @@ def expert_combine_backward(dy: Array, expert_out: Array, batch: ExpertBatch) ->
         dots = np.empty(plan.n_rows, plan.sums)
         kernel.row_dots(rows, np.ascontiguousarray(expert_out), dots)
         travel.release()
-        d_weights = scalars_home(mail, plan, dots)
+        home = ScalarsHome(mail, plan, dots.dtype)
+        home.send(dots, plan.peers)
+        d_weights = home.table(dots)
     return d_expert_out, d_weights
 
 

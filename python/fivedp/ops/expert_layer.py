@@ -3,7 +3,10 @@
     logits = x router                                     own tokens
     g, u   = x_e w_gate[e], x_e w_up[e]                   rows of this rank's experts, read where they lie
     f      = (silu(g) * u) w_down[e]
-    y_t    = sum over the token's experts of weight * f   in the tree of the experts
+    y_t    = sum over the token's experts of weight * f   in the tree of the experts, then shared experts
+
+Between nodes products hide messages: shared experts are computed while rows travel, then rows of those that have come
+while others still do; sums go back as soon as they are complete, in the backward while weights' gradients are computed.
 
 Kept for the backward are x, the routing, g and u; nothing of the experts' rows. The gradient of a weight,
 <dy_t, f_e(x_t)>, is taken as <dy_t w_down^T, silu(g) u>, two arrays that the backward has anyway (SonicMoE, 2025), so
@@ -27,23 +30,32 @@ from fivedp.kernels._select import sum_type
 from fivedp.kernels.gemm import gemm
 from fivedp.layout.shares import share
 from fivedp.ops.arguments import checked
+from fivedp.ops.arriving_rows import run_as_rows_come
 from fivedp.ops.batch_ranks import BatchRanks
 from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
 from fivedp.ops.expert_dispatch import (
     TYPES,
     WIRES,
     Dispatched,
+    Returns,
+    ScalarsHome,
     agree_along,
     check_routing,
     check_rows,
     check_tensor_axis,
-    combine,
     group_of,
     in_type,
-    scalars_home,
 )
-from fivedp.ops.matmul import sharded_matmul
-from fivedp.ops.routing import Routing, route, route_backward
+from fivedp.ops.routing import Routing, route, route_backward, router_logits
+from fivedp.ops.shared_experts import (
+    SharedBackward,
+    SharedExperts,
+    SharedForward,
+    SharedState,
+    check_shared,
+    route_shared,
+)
+from fivedp.ops.token_sums import over_tokens, sum_along
 from fivedp.ops.work_sharing import Item, Job, SharedWork, Work
 
 Array = Any
@@ -65,6 +77,7 @@ class ExpertLayerState:
     activation : str
     comm : Mesh or MPI.Intracomm
     tensor : str or None
+    shared : SharedState or None
     """
 
     routing: Routing
@@ -79,6 +92,7 @@ class ExpertLayerState:
     activation: str
     comm: Mesh | MPI.Intracomm
     tensor: str | None = None
+    shared: SharedState | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,8 @@ class ExpertGradients:
     """The gradients of a layer, of the shapes and types of what they belong to.
 
     That of the router is summed over the ranks that share the experts, as each of them has the same router. It is 0
-    where the routing was given and knows no logits; whoever made it needs `weights`, that of its weights (T, k).
+    where the routing was given and knows no logits; whoever made it needs `weights`, that of its weights (T, k). Those
+    of shared experts, in `shared`, are summed over the same ranks.
     """
 
     x: Array
@@ -95,6 +110,7 @@ class ExpertGradients:
     w_gate: Array | None
     w_down: Array
     weights: Array
+    shared: SharedExperts | None = None
 
 
 def expert_layer(
@@ -111,6 +127,7 @@ def expert_layer(
     wire: str = "same",
     keep: bool = False,
     tensor: str | None = None,
+    shared: SharedExperts | None = None,
     **route_keywords: Any,
 ) -> Any:
     """A mixture of experts, each a two-layer perceptron.
@@ -144,6 +161,9 @@ def expert_layer(
         An axis of the mesh over which every expert is cut as well: w_up and w_gate have some of its hidden features as
         columns, w_down as rows. Ranks along it give the same tokens and get the same y and gradients of x and of the
         router. A sum over F is then one over these ranks: the bits depend on how many there are, not on those of ep.
+    shared : SharedExperts, optional
+        Experts that every token passes as well, with the same activation: the same weights on every rank, of `tensor`
+        their share of hidden features. What they make of a token is added to the sum of its experts.
     **route_keywords
         Of `fivedp.route`: score, normalize, capacity_factor, bias, groups, ...
 
@@ -163,11 +183,13 @@ def expert_layer(
 
     Notes
     -----
-    Collective over all ranks of `comm`.
+    Collective over all ranks of `comm`. While rows of tokens travel as messages, shared experts are computed, and then
+    the rows that have come, where they are enough (`fivedp.ops.arriving_rows`).
     """
-    name, group = "expert_layer", group_of(comm)
+    name, group, shared_routing = "expert_layer", group_of(comm), None
 
     def check() -> int:
+        nonlocal shared_routing
         check_tensor_axis(name, comm, tensor)
         n_experts = _check(group.size, group.index, x, router, w_up, w_gate, w_down, activation, wire)
         if routing is not None:
@@ -176,20 +198,22 @@ def expert_layer(
                 raise ShapeError(f"{name}: `routing` has {routing.n_experts} experts and `router` {n_experts}")
             if route_keywords:
                 raise LayoutError(f"{name}: routing is given, and so is {next(iter(route_keywords))}; expected either")
+        if shared is not None:
+            check_shared(name, shared, x.shape[1], x.dtype, w_gate is not None, activation)
+            shared_routing = route_shared(x, shared)
         return n_experts
 
     found, error = checked(check)
     n_experts = found or 0
     if tensor:  # ranks along it make their routings apart from each other, so they must hear of an error before
-        agree_along(name, comm, tensor, f"top_k={top_k}, {activation}, wire={wire}, tensor={tensor}", x, error)
+        text = f"top_k={top_k}, {activation}, wire={wire}, tensor={tensor}, shared={shared is not None}"
+        agree_along(name, comm, tensor, text, x, error)
     alone = not (keep or route_keywords.get("capacity_factor") or route_keywords.get("choice", "token") != "token")
     if error is not None and routing is None and not alone:
         # The others are about to make a routing, perhaps with more ranks than those of this group.
         BatchRanks(name, comm, {"x": x}, "", error)
     if error is None and routing is None:
-        logits = np.empty((len(x), n_experts), sum_type(x.dtype))
-        left, right = (a.astype(logits.dtype) if a.dtype != router.dtype else a for a in (x, router))
-        gemm(left, right, logits)
+        logits = router_logits(x, router)
         try:
             # Losses and capacities are those of all ranks' tokens; where neither is asked for, no rank needs another.
             routing = route(logits, top_k, comm=None if alone else comm, **route_keywords)
@@ -200,14 +224,20 @@ def expert_layer(
     columns = 0 if error is not None else w_up.shape[2]
     size = "" if tensor else f" of {columns}"
     text = f"{n_experts} experts{size}, top_k={top_k}, {activation}, wire={wire}, tensor={tensor}"
+    if error is None and shared is not None:
+        size = "" if tensor else f" {shared.w_up.shape[1]}"
+        text += f", shared{size}{'' if shared.router is None else ' with a router'}"
     what, n_tokens = agree_along(name, comm, tensor, text, x, error)
     assert routing is not None
-    y = np.empty(x.shape, sum_type(x.dtype) if tensor else x.dtype)
+    y = np.empty(x.shape, sum_type(x.dtype) if tensor or shared else x.dtype)
+    beside: SharedForward | None = None
     with mailbox(group, what, np) as mail:
         plan = plan_dispatch(mail, routing, x, n_tokens, wire, sum_type(x.dtype))
-        work = SharedWork(mail, plan, columns, n_phases=2)
+        work, progress = SharedWork(mail, plan, columns, n_phases=2), mail.progress()
         tokens = work.visible(x)
-        travel = Dispatched(mail, plan, tokens, "C")
+        travel, returns = Dispatched(mail, plan, tokens, "C"), Returns(mail, plan, weighted=True)
+        if shared is not None:
+            beside = SharedForward(x, shared, shared_routing, activation, progress)
         items = {"w_up": Item.of("expert", w_up), "w_down": Item.of("expert", w_down)}
         if w_gate is not None:
             items["w_gate"] = Item.of("expert", w_gate)
@@ -215,8 +245,7 @@ def expert_layer(
             items |= {name: Item("row", (columns,), x.dtype, kept=True) for name in _products(activation)}
         items["hidden"] = Item("row", (columns,), x.dtype)
         items["out"] = Item("row", (plan.width,), plan.sums)
-        work.begin({"x": in_type(travel.rows(), plan)}, {"x": tokens}, items)
-        progress = mail.progress()
+        work.begin({"x": tokens}, items)
 
         def hidden(job: Job, tiles: Array | None) -> int:
             a = job.arrays
@@ -231,26 +260,23 @@ def expert_layer(
                 a["hidden"], a["w_down"], job.offsets, a["out"], progress=progress, tiles=tiles
             )
 
-        work.run(0, hidden)
+        out = work.result("out")
+        run_as_rows_come(work, "x", travel, [hidden, down], lambda sources: returns.send(out, sources))
         travel.release()
-        work.run(1, down)
-        combine(mail, plan, work.result("out"), y, weighted=True)
+        returns.add(out, y)
         kept = {name: work.result(name) for name in _products(activation)} if keep else {}
         work.end()
+    if beside is not None:
+        y += beside.out
     if tensor:
-        y = _sum_along(y, tensor, comm).astype(x.dtype, copy=False)
+        y = sum_along(y, tensor, comm)
+    y = y.astype(x.dtype, copy=False)
     if not keep:
         return y
     return y, ExpertLayerState(
-        routing, plan, x, router, w_up, w_gate, w_down, kept.get("gate"), kept["up"], activation, comm, tensor
-    )
-
-
-def _sum_along(part: Array, axis: str, mesh: Mesh | MPI.Intracomm) -> Array:
-    """The sum of the ranks' arrays along an axis, on all of them: a product with a row of ones."""
-    one = np.ones((1, 1), part.dtype)
-    whole: Array = sharded_matmul(one, part.reshape(1, -1), f"m k/{axis}, k/{axis} n -> m n", mesh)
-    return whole.reshape(part.shape)
+        routing, plan, x, router, w_up, w_gate, w_down, kept.get("gate"), kept["up"], activation, comm, tensor,
+        None if beside is None else beside.state,
+    )  # fmt: skip
 
 
 def _products(activation: str) -> tuple[str, ...]:
@@ -286,31 +312,41 @@ def expert_layer_backward(
     _, error = checked(lambda: check_rows(name, "dy", dy, x.shape, (x.dtype,)))
     text = f"{plan.cut.n_experts} experts, tensor={state.tensor}"
     what, _ = agree_along(name, state.comm, state.tensor, text, dy, error)
-    dx = np.empty(x.shape, plan.sums)
+    dx, shared = np.empty(x.shape, plan.sums), None
     with mailbox(plan.group, what, np) as mail:
-        gradients, d_weights = _through_experts(mail, dy, state, dx)
+        gradients, d_weights, beside = _through_experts(mail, dy, state, dx)
+    if beside is not None:
+        dx += beside.d_x
     if state.tensor:
-        dx, d_weights = (_sum_along(part, state.tensor, state.comm) for part in (dx, d_weights))
+        dx, d_weights = (sum_along(part, state.tensor, state.comm) for part in (dx, d_weights))
+        if beside is not None and beside.d_routing is not None:
+            beside.d_routing = sum_along(beside.d_routing, state.tensor, state.comm)
+    ranks = state.comm, plan.group, plan.n_tokens
     if state.routing.state is not None:
         d_logits = route_backward(d_weights, state.routing, d_aux_loss=d_aux_loss, d_z_loss=d_z_loss)
         router = state.router.astype(plan.sums, copy=False)
         gemm(d_logits, router.T, dx, beta=1.0)
-        d_router = _over_tokens(x.astype(plan.sums, copy=False), d_logits, state)
+        d_router = over_tokens(x.astype(plan.sums, copy=False), d_logits, *ranks)
     else:
         d_router = np.zeros(state.router.shape, plan.sums)
     d_router = d_router.astype(state.router.dtype, copy=False)
-    return ExpertGradients(dx.astype(x.dtype, copy=False), d_router, *gradients, d_weights)
+    if beside is not None:
+        shared = beside.weights(x, dx, *ranks)
+    return ExpertGradients(dx.astype(x.dtype, copy=False), d_router, *gradients, d_weights, shared)
 
 
 def _through_experts(
     mail: Mailbox, dy: Array, state: ExpertLayerState, dx: Array
-) -> tuple[tuple[Array, Array | None, Array], Array]:
-    """dx without the router's part; the gradients of w_up, w_gate, w_down, and of the routing's weights (T, k)."""
+) -> tuple[tuple[Array, Array | None, Array], Array, SharedBackward | None]:
+    """dx of the routed experts; gradients of w_up, w_gate, w_down; of the routing's weights (T, k); shared experts."""
     plan, dtype, columns, activation = state.plan, state.x.dtype, state.up.shape[1], state.activation
     gated = state.w_gate is not None
     work = SharedWork(mail, plan, columns, n_phases=6 if gated else 5)
-    x, dy = work.visible(state.x), work.visible(dy)
-    x_travel, dy_travel = Dispatched(mail, plan, x, "C"), Dispatched(mail, plan, dy, "rows")
+    x, dy, progress = work.visible(state.x), work.visible(dy), mail.progress()
+    # Rows of dy first: those of x are not read before the gradients of the weights.
+    dy_travel, x_travel = Dispatched(mail, plan, dy, "rows"), Dispatched(mail, plan, x, "C")
+    returns, scalars = Returns(mail, plan, weighted=False), ScalarsHome(mail, plan, plan.sums)
+    beside = None if state.shared is None else SharedBackward(dy, state.shared, activation, progress)
     items = {"w_up": Item.of("expert", state.w_up), "w_down": Item.of("expert", state.w_down)}
     items |= {"up": Item.of("row", state.up), "weights": Item.of("row", plan.incoming.weights)}
     items |= {"d_hidden": Item("row", (columns,), plan.sums), "d_weights": Item("row", (), plan.sums)}
@@ -322,9 +358,8 @@ def _through_experts(
         items |= {"w_gate": Item.of("expert", state.w_gate), "gate": Item.of("row", state.gate)}
         items["d_gate"] = Item("row", (columns,), dtype)
         items["d_w_gate"] = Item("expert", state.w_up.shape[1:], dtype, kept=True)
-    rows = {"x": in_type(x_travel.rows(), plan), "dy": in_type(dy_travel.rows(), plan)}
-    work.begin(rows, {"x": x, "dy": dy}, items)
-    progress = mail.progress()
+    work.begin({"x": x, "dy": dy}, items)
+    rows, d_pairs = work.result("rows"), work.result("d_weights")
 
     def d_hidden(job: Job, tiles: Array | None) -> int:
         a = job.arrays
@@ -352,35 +387,24 @@ def _through_experts(
             left(job), right(job), job.offsets, job.arrays[name], progress=progress, tiles=tiles
         )
 
-    work.run(0, d_hidden)
-    work.run(1, activation_gradient)
-    d_weights = scalars_home(mail, plan, work.result("d_weights"))
-    work.run(2, d_rows)
+    def go_home(sources: list[int]) -> None:
+        scalars.send(d_pairs, sources)
+        returns.send(rows, sources)
+
+    run_as_rows_come(work, "dy", dy_travel, [d_hidden, activation_gradient, d_rows], go_home)
+    # An expert's weights need all of its rows, in their order. Meanwhile sums and numbers travel home.
+    work.own.rows |= {"x": in_type(x_travel.rows(), plan), "dy": in_type(dy_travel.rows(), plan)}
     work.run(3, outer("d_w_down", lambda job: job.arrays["hidden"], lambda job: job.rows["dy"]))
     work.run(4, outer("d_w_up", lambda job: job.rows["x"], lambda job: job.arrays["d_up"]))
     if gated:
         work.run(5, outer("d_w_gate", lambda job: job.rows["x"], lambda job: job.arrays["d_gate"]))
     for travel in (x_travel, dy_travel):
         travel.release()
-    combine(mail, plan, work.result("rows"), dx, weighted=False)
+    d_weights = scalars.table(d_pairs)
+    returns.add(rows, dx)
     gradients = work.result("d_w_up"), work.result("d_w_gate") if gated else None, work.result("d_w_down")
     work.end()
-    return gradients, d_weights
-
-
-def _over_tokens(x: Array, d_logits: Array, state: ExpertLayerState) -> Array:
-    """x^T d_logits over the tokens of all ranks."""
-    group, n_tokens = state.plan.group, state.plan.n_tokens
-    axes = "*".join(group.axes) or "ep"
-    total = sum(n_tokens)
-    cuts = [share(total, group.size, rank) for rank in range(group.size)]
-    if [end - begin for begin, end in cuts] == list(n_tokens):
-        order = "canonical" if 8 % group.size else "tree"
-        return sharded_matmul(x.T, d_logits, f"h t/{axes}, t/{axes} e -> h e", state.comm, order=order)
-    # Shares of any other lengths: the ranks' sums are added in a tree over ranks.
-    partial = np.empty((x.shape[1], d_logits.shape[1]), x.dtype)
-    gemm(x.T, d_logits, partial)
-    return _sum_along(partial, axes, state.comm)
+    return gradients, d_weights, beside
 
 
 def _check(

@@ -48,18 +48,21 @@ class RelayedRows:
             for rank, begin, end in zip(relay.served[relay.rank], mine, mine[1:], strict=False)
             if end > begin
         ]
+        self._passed_on = False
         self._receipts: dict[int, Receipt] = {}
         for mate in relay.mates[::-1]:
             if n := relay.n_needed[mate]:
                 self._receipts[mate] = mail.receive_rows(n, (borders[mate][-1], width), dtype, mate, tag)
 
     def arrays(self) -> tuple[list[Array], Array]:
-        """By rank: what it has for this one as a gateway, and whether that is its whole box. Passes on this box."""
+        """By rank: what it has for this one as a gateway, and if that is its whole box. Passes on its own, once."""
         mail, relay = self.mail, self.relay
-        mail.wait(self._arriving)
-        for mate in relay.mates:
-            mail.send_rows(self.box, relay.passes_on[mate], mate, self._tag, 0)
-        mail.wait(list(self._receipts.values()))
+        if not self._passed_on:
+            self._passed_on = True
+            mail.wait(self._arriving)
+            for mate in relay.mates:
+                mail.send_rows(self.box, relay.passes_on[mate], mate, self._tag, 0)
+            mail.wait(list(self._receipts.values()))
         arrays = [np.empty((0, self.plan.width), self.box.dtype)] * self.plan.group.size
         whole = np.zeros(self.plan.group.size, np.bool_)
         arrays[relay.rank], whole[relay.rank] = self.box, True
@@ -73,36 +76,47 @@ class RelayedRows:
             self.mail.release(receipt)
 
 
-def relay_sums(mail: Mailbox, plan: DispatchPlan, rows: Array, *, weighted: bool) -> list[Workspace]:
-    """Send what this rank has of other nodes' tokens to their gateways; as a gateway, add it all up and send it home.
+class RelayedSums:
+    """Sums of other nodes' tokens on their way home: `send` to their gateways, then, as a gateway, `add`.
 
-    Gives the memory of the messages, which are of the tags "B", inside the node, and "replica".
+    Both give the memory of their messages, which are of the tags "B", inside the node, and "replica".
     """
-    relay, width, sums, n_experts = plan.relay, plan.width, plan.sums, plan.cut.n_experts
-    assert relay is not None
-    receipts = {
-        mate: mail.receive((n, width), sums, mate, TAGS["B"])
-        for mate in relay.mates[::-1]
-        if (n := relay.n_sums_from(mate))
-    }
-    spaces = []
-    for mate in relay.mates:
-        if n := relay.n_sums(mate):
-            spaces.append(mail.workspace((n, width), sums))
-            add_rows(plan.incoming.sums(relay.served[mate], weighted), [rows], n_experts, spaces[-1].array)
-            mail.send(spaces[-1].array, mate, TAGS["B"], 0)
-    mail.wait(list(receipts.values()))
-    borders = relay.sum_borders
-    if borders[-1]:
-        kind = sums if receipts else rows.dtype
-        arrays = [rows.astype(kind, copy=False)] + [np.empty((0, width), kind)] * plan.group.size
-        for mate, receipt in receipts.items():
-            arrays[1 + mate] = receipt.array
-        home, buffer = mail.pool.take((borders[-1], width), plan.back_dtype)
-        spaces.append(Workspace(home, buffer=buffer))
-        add_rows(relay.sums(weighted), arrays, n_experts, home)
-        for rank, begin, end in zip(relay.served[relay.rank], borders, borders[1:], strict=False):
-            mail.send(home[begin:end], rank, TAGS["replica"], 0)
-    for receipt in receipts.values():
-        mail.release(receipt)
-    return spaces
+
+    def __init__(self, mail: Mailbox, plan: DispatchPlan, *, weighted: bool) -> None:
+        assert plan.relay is not None
+        self.mail, self.plan, self.relay, self.weighted = mail, plan, plan.relay, weighted
+        self._receipts = {
+            mate: mail.receive((n, plan.width), plan.sums, mate, TAGS["B"])
+            for mate in self.relay.mates[::-1]
+            if (n := self.relay.n_sums_from(mate))
+        }
+
+    def send(self, rows: Array) -> list[Workspace]:
+        """Send what this rank has of their tokens, from its (R, H), to the gateways of its node."""
+        plan, spaces = self.plan, []
+        for mate in self.relay.mates:
+            if n := self.relay.n_sums(mate):
+                spaces.append(self.mail.workspace((n, plan.width), plan.sums))
+                table = plan.incoming.sums(self.relay.served[mate], self.weighted)
+                add_rows(table, [rows], plan.cut.n_experts, spaces[-1].array)
+                self.mail.send(spaces[-1].array, mate, TAGS["B"], 0)
+        return spaces
+
+    def add(self, rows: Array) -> list[Workspace]:
+        """Add what this node has of the tokens of the ranks that this one serves, and send it home."""
+        mail, plan, relay = self.mail, self.plan, self.relay
+        mail.wait(list(self._receipts.values()))
+        borders, spaces = relay.sum_borders, []
+        if borders[-1]:
+            kind = plan.sums if self._receipts else rows.dtype
+            arrays = [rows.astype(kind, copy=False)] + [np.empty((0, plan.width), kind)] * plan.group.size
+            for mate, receipt in self._receipts.items():
+                arrays[1 + mate] = receipt.array
+            home, buffer = mail.pool.take((borders[-1], plan.width), plan.back_dtype)
+            spaces.append(Workspace(home, buffer=buffer))
+            add_rows(relay.sums(self.weighted), arrays, plan.cut.n_experts, home)
+            for rank, begin, end in zip(relay.served[relay.rank], borders, borders[1:], strict=False):
+                mail.send(home[begin:end], rank, TAGS["replica"], 0)
+        for receipt in self._receipts.values():
+            mail.release(receipt)
+        return spaces

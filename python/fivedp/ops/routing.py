@@ -23,6 +23,8 @@ from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import routing as kernel
+from fivedp.kernels._select import sum_type
+from fivedp.kernels.gemm import gemm
 from fivedp.kernels.routing import UNITS, Integers, Routed, Rule, Totals
 from fivedp.ops.batch_ranks import BatchRanks
 from fivedp.ops.capacity import capacity_of, keep_highest, pairs_before, slots_of
@@ -217,6 +219,14 @@ def route(
         first_token=sum(ranks.lengths[: ranks.index]),
         state=RoutingState(logits, options.rule, routed.experts, routed.log_sum, balance, tokens),
     )
+
+
+def router_logits(x: Array, router: Array) -> Array:
+    """x router, (T, H) by (H, E), in the type of sums; each of the two in the type of tokens or of sums."""
+    logits = np.empty((len(x), router.shape[1]), sum_type(x.dtype))
+    left, right = (a.astype(logits.dtype) if a.dtype != router.dtype else a for a in (x, router))
+    gemm(left, right, logits)
+    return logits
 
 
 def route_backward(

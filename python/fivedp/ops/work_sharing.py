@@ -126,20 +126,18 @@ class SharedWork:
         copy = self._put(array)
         return array if copy is None else copy
 
-    def begin(self, rows: Mapping[str, Any], tokens: Mapping[str, Array], items: Mapping[str, Item]) -> None:
-        """Make the jobs. Collective over the group.
+    def begin(self, tokens: Mapping[str, Array], items: Mapping[str, Item]) -> None:
+        """Make the jobs; this rank's own has no rows yet. Collective over the group.
 
         Parameters
         ----------
-        rows : dict of str to Rows or array
-            Of this rank's experts.
         tokens : dict of str to (T, H) arrays
-            Of this rank, by the names of `rows`: `visible`.
+            Of this rank, by the names of its rows: `visible`.
         items : dict of str to Item
         """
         plan = self.plan
         self._items = dict(items)
-        own = Job(plan.group.index, dict(rows), plan.incoming.offsets, {})
+        own = Job(plan.group.index, {}, plan.incoming.offsets, {})
         self.jobs = [own]
         words = None
         if own.rank in self.owners:
@@ -160,6 +158,14 @@ class SharedWork:
                 self._wait(job, phase - 1)
             job.tiles.append(work(job, None if job.counters is None else job.counters[phase]))
         self._wait(self.own, phase)
+
+    def part(self, expert: int, rows: slice, given: dict[str, Any]) -> Job:
+        """Some rows of one expert of this rank's job, for a call of their own; nobody else takes part."""
+        arrays = {
+            name: array[rows] if self._items[name].per == "row" else array[expert : expert + 1]
+            for name, array in self.own.arrays.items()
+        }
+        return Job(self.own.rank, given, np.array([0, rows.stop - rows.start], np.int64), arrays)
 
     def result(self, name: str) -> Array:
         """A result of this rank's job, for all of its experts."""

@@ -28,7 +28,7 @@ from fivedp.layout.dispatch import pair_type
 from fivedp.layout.experts import cut_experts
 from fivedp.layout.explain import plan_for
 from fivedp.ops.dispatch_plan import pairs_bytes
-from fivedp.ops.expert_dispatch import Dispatched
+from fivedp.ops.expert_dispatch import Dispatched, Returns, ScalarsHome
 from fivedp.ops.work_sharing import SharedWork
 
 Array = NDArray[Any]
@@ -40,18 +40,21 @@ def watched_functions() -> dict[str, tuple[tuple[Any, str], ...]]:
     layer = importlib.import_module("fivedp.ops.expert_layer")
     kernel = importlib.import_module("fivedp.kernels.experts")
     return {
-        "route": tuple((layer, name) for name in ("gemm", "route", "route_backward", "_over_tokens")),
+        "route": tuple((layer, name) for name in ("router_logits", "gemm", "route", "route_backward", "over_tokens")),
         "dispatch": (
             (layer, "plan_dispatch"),
             (layer, "Dispatched"),
-            (Dispatched, "rows"),
-            (Dispatched, "release"),
+            *((Dispatched, name) for name in ("arrived", "wait", "rows", "release")),
             *((SharedWork, name) for name in ("visible", "begin", "_exchange")),
         ),
         "products": tuple(
             (kernel, name) for name in ("expert_hidden", "expert_hidden_backward", "grouped_matmul", "grouped_outer")
         ),
-        "combine": ((layer, "combine"), (layer, "scalars_home")),
+        "combine": tuple(
+            (owner, name)
+            for owner, names in ((Returns, ("send", "add")), (ScalarsHome, ("send", "table")))
+            for name in names
+        ),
     }
 
 
