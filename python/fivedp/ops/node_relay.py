@@ -48,18 +48,21 @@ class RelayedRows:
             for rank, begin, end in zip(relay.served[relay.rank], mine, mine[1:], strict=False)
             if end > begin
         ]
+        self._passed_on = False
         self._receipts: dict[int, Receipt] = {}
         for mate in relay.mates[::-1]:
             if n := relay.n_needed[mate]:
                 self._receipts[mate] = mail.receive_rows(n, (borders[mate][-1], width), dtype, mate, tag)
 
     def arrays(self) -> tuple[list[Array], Array]:
-        """By rank: what it has for this one as a gateway, and whether that is its whole box. Passes on this box."""
+        """By rank: what it has for this one as a gateway, and if that is its whole box. Passes on its own, once."""
         mail, relay = self.mail, self.relay
-        mail.wait(self._arriving)
-        for mate in relay.mates:
-            mail.send_rows(self.box, relay.passes_on[mate], mate, self._tag, 0)
-        mail.wait(list(self._receipts.values()))
+        if not self._passed_on:
+            self._passed_on = True
+            mail.wait(self._arriving)
+            for mate in relay.mates:
+                mail.send_rows(self.box, relay.passes_on[mate], mate, self._tag, 0)
+            mail.wait(list(self._receipts.values()))
         arrays = [np.empty((0, self.plan.width), self.box.dtype)] * self.plan.group.size
         whole = np.zeros(self.plan.group.size, np.bool_)
         arrays[relay.rank], whole[relay.rank] = self.box, True
