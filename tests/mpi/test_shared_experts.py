@@ -16,6 +16,7 @@ from fivedp.comm.grid import grid_of
 from fivedp.kernels.experts import ACTIVATIONS
 from fivedp.layout.explain import plan_for
 from fivedp.layout.shares import share
+from fivedp.ops.token_sums import over_tokens
 from mpi_experts import (
     BFLOAT16,
     DTYPES,
@@ -24,6 +25,7 @@ from mpi_experts import (
     RESULTS,
     Case,
     assert_same_error,
+    cut_tokens,
     draw_case,
     matrices,
     work_is_shared,
@@ -185,6 +187,21 @@ def test_gradients_are_the_slope_of_the_forward(comm: MPI.Intracomm, seed: int) 
             rounding = 100 * 2.2e-16 * (1 + abs(case.dy).sum() * 10) / h
             assert abs(slope - near) <= abs(far - near) + rounding, name
             assert abs(slope) > rounding, "the direction says nothing"
+
+
+@pytest.mark.parametrize("share", ["even", "uneven", "one"])
+def test_sums_of_16_bits_are_rounded_once(comm: MPI.Intracomm, seed: int, share: str) -> None:
+    rng, n_tokens = np.random.default_rng(seed), 50
+    left, right = rng.standard_normal((n_tokens, 7)).astype(BFLOAT16), rng.standard_normal((n_tokens, 5))
+    right = (right + 3 * (left[:, :1] > 0)).astype(BFLOAT16)  # sums that are large beside their terms
+    borders = cut_tokens(rng, n_tokens, comm.size, share)
+    mine = slice(*borders[comm.rank : comm.rank + 2])
+    found = over_tokens(left[mine], right[mine], comm, grid_of(comm).everyone(), np.diff(borders).tolist())
+    wide_left, wide_right = (a.astype(np.float64) for a in (left, right))
+    exact, size = wide_left.T @ wide_right, abs(wide_left).T @ abs(wide_right)
+    assert found.dtype == BFLOAT16
+    # Half a step of numbers of 8 bits, and what a sum of so many terms in float32 may be off.
+    assert (abs(found.astype(np.float64) - exact) <= 2.0**-8 * abs(exact) + (n_tokens + 1) * 2.0**-24 * size).all()
 
 
 @pytest.mark.mpi(min_size=2)
