@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from mpi4py import MPI
 import fivedp
 
 Array = Any
+Option = TypeVar("Option")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 F32, F64, C64, C128 = (np.dtype(t) for t in ("float32", "float64", "complex64", "complex128"))
 DTYPES = (F32, F64, BFLOAT16, C64)
@@ -56,6 +58,21 @@ OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("b/dp m k/tp, b/dp k/tp n -> b/dp m/tp n", ("dp", "tp")),
     ("b m/dp k, b/tp k n -> b m n/tp", ("dp", "tp")),
 )
+
+
+# Beyond so many ranks, which two cores let take turns, a spec does not meet every type and option in every run.
+EVERYTHING_UP_TO = 4
+
+
+def in_turn(spec: str, comm: MPI.Intracomm, options: Iterable[Option], turns: int) -> list[Option]:
+    """The options that a spec meets: all of them on few ranks, beyond that one of every `turns`.
+
+    Which one differs from spec to spec and with the number of ranks, so that all specs together meet all options.
+    """
+    if comm.size <= EVERYTHING_UP_TO:
+        return list(options)
+    first = [text for text, _ in CONTRACT + OTHERS].index(spec) + comm.size
+    return [option for number, option in enumerate(options) if (first + number) % turns == 0]
 
 
 def grids(n_ranks: int, n_axes: int) -> list[tuple[int, ...]]:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from attention_peer import AttentionPeer, inputs
-from mpi4py import MPI
+from fivedp_peer import FivedpPeer
 from worker import serve
 
 import fivedp
 from fivedp.layout.sequence import token_indices
 
 
-class Fivedp(AttentionPeer):
-    def __init__(self) -> None:
-        from fivedp.kernels import gemm
-
-        gemm.set_threads(int(os.environ.get("FIVEDP_BENCH_THREADS", "1")))
-        self.comm = MPI.COMM_WORLD
-        self.rank, self.size = self.comm.rank, self.comm.size
-
-    def barrier(self) -> None:
-        self.comm.Barrier()
-
+class Fivedp(FivedpPeer, AttentionPeer):
     def prepare(self, case: dict[str, Any]) -> str | None:
         self.case, layout = case, case["way"] or "contiguous"
         self.tokens = token_indices(layout, case["tokens"], self.size, self.rank)
@@ -48,13 +37,6 @@ class Fivedp(AttentionPeer):
 
     def outcome(self) -> dict[str, Any]:
         return {name: x.reshape(len(self.tokens), *x.shape[-2:]) for name, x in self.results.items()}
-
-    def facts(self) -> dict[str, Any]:
-        from fivedp.bench import environment
-        from fivedp.kernels import gemm
-
-        return {"fivedp": getattr(fivedp, "__version__", None), "isa": gemm.isa(), "threads": gemm.threads(),
-                "mpi": environment.mpi()}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
+from fivedp_peer import FivedpPeer
 from worker import ProductPeer, serve
 
 import fivedp
@@ -15,17 +14,10 @@ from fivedp.bench.cases.gemm import Case, strategy
 from fivedp.bench.pieces import layouts, make, open_grid, place
 
 
-class Fivedp(ProductPeer):
+class Fivedp(FivedpPeer, ProductPeer):
     def __init__(self) -> None:
-        from fivedp.kernels import gemm
-
-        gemm.set_threads(int(os.environ.get("FIVEDP_BENCH_THREADS", "1")))
-        self.comm = MPI.COMM_WORLD
-        self.rank, self.size = self.comm.rank, self.comm.size
+        super().__init__()
         self.grids: dict[str, Any] = {}
-
-    def barrier(self) -> None:
-        self.comm.Barrier()
 
     def prepare(self, case: dict[str, Any]) -> str | None:
         self.strategy = strategy(case["way"])
@@ -52,11 +44,6 @@ class Fivedp(ProductPeer):
         if not self.where.first_holder:
             return None
         return self.c.reshape(len(self.where.rows), -1), self.where.rows, self.where.columns
-
-    def facts(self) -> dict[str, Any]:
-        from fivedp.kernels import gemm
-
-        return {"fivedp": getattr(fivedp, "__version__", None), "isa": gemm.isa(), "threads": gemm.threads()}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from fivedp_peer import FivedpPeer
 from moe_peer import MoePeer
-from mpi4py import MPI
 from worker import serve
 
 import fivedp
@@ -14,17 +13,7 @@ from fivedp.bench.stages import Stopwatch
 from fivedp.bench.trials.moe import watched_functions
 
 
-class Fivedp(MoePeer):
-    def __init__(self) -> None:
-        from fivedp.kernels import gemm
-
-        gemm.set_threads(int(os.environ.get("FIVEDP_BENCH_THREADS", "1")))
-        self.comm = MPI.COMM_WORLD
-        self.rank, self.size = self.comm.rank, self.comm.size
-
-    def barrier(self) -> None:
-        self.comm.Barrier()
-
+class Fivedp(FivedpPeer, MoePeer):
     def prepare(self, case: dict[str, Any]) -> str | None:
         self.inputs, self.router, self.weights = self.take(case)
         return None
@@ -52,13 +41,6 @@ class Fivedp(MoePeer):
 
     def outcome(self) -> dict[str, Any]:
         return self.results
-
-    def facts(self) -> dict[str, Any]:
-        from fivedp.bench import environment
-        from fivedp.kernels import gemm
-
-        return {"fivedp": getattr(fivedp, "__version__", None), "isa": gemm.isa(), "threads": gemm.threads(),
-                "mpi": environment.mpi()}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,31 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moe_peer import MoePeer
-from torch_moe import route
-from torch_threads import TYPES, tensor
+from torch_layer import TorchLayer, route
 from worker import serve
 
 
-class Experts(MoePeer):
+class Experts(TorchLayer):
     def prepare(self, case: dict[str, Any]) -> str | None:
-        if case["dtype"] not in TYPES:
-            return f"not measured for {case['dtype']}"
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        inputs, router, weights = self.take(case)
-        self.leaves = [tensor(a) for a in (inputs["x"], router, *weights)]
-        self.dy = tensor(inputs["dy"]) if case["backward"] else None
-        for leaf in self.leaves:
-            leaf.requires_grad_(case["backward"])
-        return None
-
-    def run(self) -> None:
-        if self.dy is None:
-            with torch.no_grad():
-                self.y = self.forward()
-            return
-        self.y = self.forward()
-        self.gradients = torch.autograd.grad(self.y, self.leaves, self.dy, materialize_grads=True)
+        return super().prepare(case)
 
     def forward(self) -> Any:
         """Every expert takes its tokens out and adds what it makes of them."""
@@ -45,13 +28,6 @@ class Experts(MoePeer):
                 made = (F.silu(rows @ gate[expert]) * (rows @ up[expert])) @ down[expert]
             y = y.index_add(0, token, made * weights[token, slot, None])
         return y
-
-    def outcome(self) -> dict[str, Any]:
-        found = {"y": self.y.detach().double().numpy()}
-        if self.dy is not None:
-            dx, _, *weights = (g.double().numpy() for g in self.gradients)
-            found |= {"dx": dx, **dict(zip(("d_gate", "d_up", "d_down"), weights, strict=True))}
-        return found
 
     def facts(self) -> dict[str, Any]:
         return {"torch": torch.__version__, "threads": torch.get_num_threads(),

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from moe_peer import MoePeer
-from torch_threads import TYPES, tensor
+from torch_layer import TorchLayer, route
 from worker import serve, span
 
 
@@ -37,14 +36,7 @@ def exchanged(rows: Any, sent: list[int], received: list[int]) -> Any:
     return out
 
 
-def route(x: Any, router: Any, top_k: int) -> tuple[Any, Any]:
-    """Weights (T, k), normalised, and experts (T, k)."""
-    scores = torch.softmax((x @ router).float(), dim=1)
-    weights, experts = torch.topk(scores, top_k, dim=1)
-    return weights / weights.sum(dim=1, keepdim=True), experts
-
-
-def one_by_one(rows: Any, counts: list[int], weights: tuple[Any, Any, Any]) -> Any:
+def one_by_one(rows: Any, counts: list[int], weights: list[Any]) -> Any:
     """Rows grouped by expert through SwiGLU experts, an expert at a time."""
     gate, up, down = weights
     parts = [
@@ -53,7 +45,7 @@ def one_by_one(rows: Any, counts: list[int], weights: tuple[Any, Any, Any]) -> A
     return torch.cat(parts) if parts else rows[:0]
 
 
-def grouped(rows: Any, counts: list[int], weights: tuple[Any, Any, Any]) -> Any:
+def grouped(rows: Any, counts: list[int], weights: list[Any]) -> Any:
     """The same by torch's grouped product."""
     gate, up, down = weights
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
@@ -71,7 +63,7 @@ def grouped_works(dtype: Any) -> bool:
     return True
 
 
-class Moe(MoePeer):
+class Moe(TorchLayer):
     def __init__(self) -> None:
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
@@ -81,31 +73,24 @@ class Moe(MoePeer):
         dist.barrier()
 
     def prepare(self, case: dict[str, Any]) -> str | None:
-        if case["dtype"] not in TYPES:
-            return f"not measured for {case['dtype']}"
-        inputs, router, weights = self.take(case)
-        self.x, self.router = tensor(inputs["x"]), tensor(router)
-        self.weights = tuple(tensor(w) for w in weights)
-        self.dy = tensor(inputs["dy"]) if case["backward"] else None
-        self.leaves = [self.x, self.router, *self.weights]
-        for leaf in self.leaves:
-            leaf.requires_grad_(case["backward"])
+        if why := super().prepare(case):
+            return why
+        self.x, self.router, *self.weights = self.leaves
         edges = [span(case["experts"], self.size, rank) for rank in range(self.size)]
         self.n_experts = [end - begin for begin, end in edges]
         self.owner = torch.repeat_interleave(torch.arange(self.size), torch.tensor(self.n_experts))
         deduplicated = case["way"] == "deduplicated"
-        self.forward = self.deduplicated if deduplicated else self.naive
+        self.way = self.deduplicated if deduplicated else self.naive
         self.through = grouped if deduplicated and grouped_works(self.x.dtype) else one_by_one
         return None
 
+    def forward(self) -> Any:
+        return self.way()
+
     def run(self) -> None:
-        if self.dy is None:
-            with torch.no_grad():
-                self.y = self.forward()
-            return
-        self.y = self.forward()
-        self.gradients = torch.autograd.grad(self.y, self.leaves, self.dy, materialize_grads=True)
-        dist.all_reduce(self.gradients[1])
+        super().run()
+        if self.dy is not None:
+            dist.all_reduce(self.gradients[1])
 
     def experts_of(self, rows: Any, local: Any) -> Any:
         """What this rank's experts make of rows, in the order of the rows."""
@@ -148,13 +133,6 @@ class Moe(MoePeer):
         sums = sums.index_add(0, row, made * shares[row, slot, None])
         back = AllToAll.apply(sums.to(self.x.dtype), received, sent)
         return torch.zeros_like(self.x).index_add(0, token, back)
-
-    def outcome(self) -> dict[str, Any]:
-        found = {"y": self.y.detach().double().numpy()}
-        if self.dy is not None:
-            dx, _, *weights = (g.double().numpy() for g in self.gradients)
-            found |= {"dx": dx, **dict(zip(("d_gate", "d_up", "d_down"), weights, strict=True))}
-        return found
 
     def facts(self) -> dict[str, Any]:
         return {"torch": torch.__version__, "threads": torch.get_num_threads(), "backend": dist.get_backend(),

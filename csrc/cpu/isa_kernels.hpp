@@ -54,6 +54,12 @@ namespace {
 // (in this order)
 #include "cpu/attention_backward.hpp"
 // (routing)
+#include "cpu/routing_rows.hpp"
+// (in this order)
+#include "cpu/routing_best.hpp"
+// (in this order)
+#include "cpu/routing_scores.hpp"
+// (in this order)
 #include "cpu/routing.hpp"
 // (experts)
 #include "cpu/activations.hpp"

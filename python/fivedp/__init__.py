@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fivedp.comm.mesh import Axis, Mesh
-    from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError
+    from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError, TransportError
     from fivedp.layout.explain import explain
     from fivedp.layout.explain_attention import explain_attention
     from fivedp.layout.explain_experts import explain_experts
@@ -49,7 +49,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "fivedp.comm.mesh": ("Axis", "Mesh"),
-    "fivedp.errors": ("DTypeError", "LayoutError", "MeshError", "PeerError", "ShapeError"),
+    "fivedp.errors": ("DTypeError", "LayoutError", "MeshError", "PeerError", "ShapeError", "TransportError"),
     "fivedp.layout.explain": ("explain",),
     "fivedp.layout.explain_attention": ("explain_attention",),
     "fivedp.layout.explain_experts": ("explain_experts",),
@@ -91,6 +91,7 @@ __all__ = [
     "Routing",
     "ShapeError",
     "SharedExperts",
+    "TransportError",
     "__version__",
     "balanced",
     "decode_attention",

@@ -1,6 +1,7 @@
 """The exceptions that fivedp raises, the same one on every rank of a call.
 
 The first four are errors of the arguments, found before the first message moves; they are `ValueError`s.
+`TransportError` is about the way that device arrays take.
 `PeerError` says that another rank failed, left or stopped answering while this one waited for it.
 """
 
@@ -21,6 +22,10 @@ class DTypeError(ValueError):
 
 class MeshError(ValueError):
     """The degrees of a mesh do not fit the number of ranks."""
+
+
+class TransportError(RuntimeError):
+    """Device arrays can't be carried as FIVEDP_TRANSPORT asks, or lie on another device than those before them."""
 
 
 class PeerError(RuntimeError):

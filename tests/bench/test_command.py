@@ -170,6 +170,12 @@ def test_layers_of_experts_run_check_out_and_are_written(ranks: int, tmp_path: P
         assert set(row["stages"]) == {"route", "dispatch", "products", "combine", "rest"}
         assert all(seconds > 0 for seconds in row["stages"].values())
         assert row["repeatable"]
+        price, returns = row["canonical_price"], row["traffic"]["returns"]
+        assert price["ratio"] > 0
+        assert price["bytes"] == returns - row["traffic"]["least_returns"]
+        # Seven experts are one subtree each on one and two ranks; on three some rank has two.
+        assert price["bytes"] == 0 if ranks < 3 else price["bytes"] > 0 or row["workload"] != "uniform"
+    assert done.stdout.count("canonical order: sums take") == len(result["rows"])
     assert "all right" in done.stdout
     with sheet.open() as file:
         assert len(list(csv.DictReader(file))) == len(result["rows"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fivedp.bench import expert_workload, mixture, operands, report
+from fivedp.bench import expert_workload, mixture, operands, order_price, report
 from fivedp.bench.cases import FAMILIES, moe
 from fivedp.bench.cases.moe import Case, Model
 from fivedp.bench.mixture import Inputs, Weights
@@ -19,6 +19,7 @@ from fivedp.bench.moe_check import Check
 from fivedp.bench.program import choose, parser
 from fivedp.bench.stages import Stopwatch
 from fivedp.bench.trials.moe import pairs_by_rank, traffic
+from fivedp.kernels import experts as kernel
 
 ALONE = SimpleNamespace(rank=0, size=1)
 SWIGLU = Model("", 24, 10, 6, 3)
@@ -107,8 +108,57 @@ def test_an_owner_whose_experts_are_one_subtree_returns_one_row_a_token() -> Non
     chosen = Inputs(case, drawn()).choices(range(60))
     for ranks in (2, 4, 8):
         found = traffic(chosen, case, ranks, False)
-        assert found["returns"] == found["rows"]
-    assert traffic(chosen, case, 3, False)["returns"] > traffic(chosen, case, 3, False)["rows"]
+        assert found["returns"] == found["rows"] == found["least_returns"]
+    found = traffic(chosen, case, 3, False)
+    assert found["returns"] > found["rows"] == found["least_returns"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_chain_adds_rows_one_after_another(dtype: type) -> None:
+    draw = np.random.default_rng(drawn())
+    lengths = np.array([0, 1, 2, 3, 8, 31, 5, 0, *draw.integers(0, 32, 6)])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    rows, weights = draw.normal(size=(starts[-1], 37)).astype(dtype), draw.normal(size=starts[-1]).astype(dtype)
+    expected = np.zeros((len(lengths), 37), dtype)
+    for i, (begin, end) in enumerate(itertools.pairwise(starts)):
+        for p in range(begin, end):
+            expected[i] = weights[p] * rows[p] if p == begin else expected[i] + weights[p] * rows[p]
+    index = np.arange(len(rows), dtype=np.int32)
+    experts, number = order_price.chain(starts)
+    out = np.full_like(expected, np.nan)
+    kernel.combine_rows(kernel.Rows([rows], np.zeros_like(index), index), starts, weights, experts, number, out)
+    assert out.tobytes() == expected.tobytes()
+    with pytest.raises(ValueError, match="32 rows"):
+        order_price.chain(np.array([0, 2, 34]))
+
+
+def test_the_price_of_an_order_is_measured_on_the_rows_of_the_call_and_changes_none() -> None:
+    draw, orders = np.random.default_rng(drawn()), order_price.OrdersInTurns()
+    original, starts = kernel.combine_rows, np.array([0, 3, 3, 7])
+    experts = np.array([1, 2, 5, 0, 3, 4, 7], np.int32)
+    index = np.arange(7, dtype=np.int32)
+    rows = kernel.Rows([draw.normal(size=(7, 300)).astype(np.float32)], np.zeros_like(index), index)
+    expected, out = np.empty((3, 300), np.float32), np.full((3, 300), np.nan, np.float32)
+    kernel.combine_rows(rows, starts, None, experts, 8, expected)
+    assert orders.price(ALONE) is None  # nothing was added yet
+    with orders.watching():
+        kernel.combine_rows(rows, starts, None, experts, 8, out)
+    assert kernel.combine_rows is original
+    assert out.tobytes() == expected.tobytes()
+    assert (orders.canonical > 0).all()
+    orders.canonical[:], orders.plain[:] = np.arange(8, 15), 10
+    found = orders.price(ALONE)
+    assert found is not None
+    assert found["ratio"] == pytest.approx(1.1)
+    assert found["spread"] == pytest.approx([0.8, 1.4])
+    assert found["seconds"] == pytest.approx(1.0)
+    long = np.arange(40, dtype=np.int32)  # too many rows for a chain
+    rows = kernel.Rows([np.ones((40, 3), np.float32)], np.zeros_like(long), long)
+    orders, out = order_price.OrdersInTurns(), np.empty((1, 3), np.float32)
+    with orders.watching():
+        kernel.combine_rows(rows, np.array([0, 40]), None, long, 40, out)
+    assert (out == 40).all()
+    assert orders.price(ALONE) is None
 
 
 def layer(case: Case, seed: int) -> dict[str, Any]:
@@ -309,6 +359,7 @@ def a_row(**changes: Any) -> report.Row:
         "memory": {"peak": 1000}, "pairs": [80, 70], "balance": 80 / 75, "seconds": 1e-3, "samples": [1e-3],
         "flops": 1, "gflops": 1.0, "share_of_peak": 0.5, "error": 1e-7, "honest_error": 2e-7,
         "errors": {"y": 1e-7}, "honest_errors": {"y": 2e-7}, "conservation": 0.0, "repeatable": True,
+        "canonical_price": None,
         "stages": {"route": 0.1, "dispatch": 0.2, "products": 0.4, "combine": 0.2, "rest": 0.1},
     }  # fmt: skip
     return row | changes
@@ -323,6 +374,13 @@ def test_a_row_says_what_was_sent_and_where_the_time_went(tmp_path: Path) -> Non
         "uniform", "f32", "forward", "1.00", "ms", "1.0", "50%", "10/20/40/20", "4.00", "kB", "3.00", "kB", "1.0e-07",
         "2.0e-07", "1.00", "kB", "1.07",
     ]  # fmt: skip
+    price = {"ratio": 1.04, "spread": [0.98, 1.1], "seconds": 2e-6, "bytes": 0}
+    assert (
+        "sums take 1.04 times (0.98-1.10) those of slot order, 0.2% of the call, no bytes"
+        in report.row_lines(a_row(canonical_price=price), paint)[1]
+    )
+    more = report.row_lines(a_row(canonical_price=price | {"seconds": -1e-9, "bytes": 2000}), paint)[1]
+    assert " 0.0% of the call, 25.0% of the bytes" in more
     assert "5.0 times the plain one" in report.row_lines(a_row(error=1e-6), paint)[1]
     assert "WRONG: sent too much" in report.row_lines(a_row(wrong="sent too much"), paint)[-1]
     result = report.new({"ranks": 2}, {}, 1, "2026-01-01") | {"rows": [a_row(), a_row(skipped="no memory")]}
@@ -332,7 +390,8 @@ def test_a_row_says_what_was_sent_and_where_the_time_went(tmp_path: Path) -> Non
 
 def test_the_table_fits_a_hundred_and_twenty_columns() -> None:
     paint = report.Paint(io.StringIO())
-    wide = a_row(workload="one_expert", backward=True, seconds=123.4, gflops=12345.6,
+    price = {"ratio": 12.34, "spread": [10.12, 15.34], "seconds": 88.8, "bytes": 9 * 10**11}
+    wide = a_row(workload="one_expert", backward=True, seconds=123.4, gflops=12345.6, canonical_price=price,
                  bytes={"counted": 10**12, "planned": 9 * 10**11, "bound": 10**11}, memory={"peak": 10**9})  # fmt: skip
     lines = [report.column_line(FAMILIES["moe"].table), *report.row_lines(wide, paint)]
     assert max(map(len, lines)) <= 120

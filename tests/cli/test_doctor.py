@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fivedp.cli.doctor import doctor, report, screen
-from fivedp.cli.launcher import Launcher, Machine, clean_environment, identify
+from fivedp.cli.launcher import Launcher, Machine, clean_environment, find_launcher, identify
 from fivedp.cli.mpi_library import MPILibrary, MPILibraryError, find_library
 from fivedp.cli.probes import (
     Facts,
@@ -29,6 +29,7 @@ from fivedp.cli.probes import (
     resolve_host,
     stale_sessions,
     try_launch,
+    try_transport,
 )
 from fivedp.cli.rules import FAIL, OK, WARN, Finding, judge
 
@@ -369,6 +370,77 @@ def test_gpu_is_found_through_the_tool_of_the_driver(tmp_path: Path) -> None:
 def test_hidden_gpu_is_not_looked_for() -> None:
     assert find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
     assert find_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == ()
+
+
+# ---------------------------------------------------------------- device arrays between ranks
+
+
+def with_gpu(name: str, why: str, error: str = "", **variables: str) -> Facts:
+    """A machine with a GPU whose two trial ranks came to this."""
+    return dataclasses.replace(
+        HEALTHY, gpus=("NVIDIA H200",), cupy="14.0.0", environ=variables, transport=name, transport_why=why,
+        transport_error=error,
+    )  # fmt: skip
+
+
+def test_the_transport_and_its_reason_are_told() -> None:
+    for facts in (
+        with_gpu("cuda_mpi", "Open MPI v5.0.11 was tried with device memory and proven"),
+        with_gpu("ipc", "they have read each other's device memory"),
+        with_gpu("staged", "FIVEDP_TRANSPORT asks for it", FIVEDP_TRANSPORT="staged"),
+    ):
+        (finding,) = [finding for finding in judge(facts) if finding.subject == "device arrays"]
+        assert finding.level == OK
+        assert finding.text == f"{facts.transport} between ranks of this node: {facts.transport_why}"
+    assert not [finding for finding in judge(HEALTHY) if finding.subject == "device arrays"]
+
+
+def test_staging_that_nobody_asked_for_is_a_warning() -> None:
+    finding = the_finding(
+        with_gpu("staged", "no cuda_mpi: built without CUDA; no ipc: different nodes"), "device arrays"
+    )
+    assert finding.level == WARN
+    assert "built without CUDA" in finding.text
+
+
+def test_a_transport_that_cannot_be_had() -> None:
+    why = "FIVEDP_TRANSPORT=ipc can't be had between ranks 0 and 1"
+    finding = the_finding(with_gpu("", "", why, FIVEDP_TRANSPORT="ipc"), "device arrays")
+    assert finding.level == FAIL
+    assert why in finding.text
+    assert finding.fix == "unset FIVEDP_TRANSPORT"
+    assert "FIVEDP_TRANSPORT=staged" in the_finding(with_gpu("", "", "signal 11"), "device arrays").fix
+
+
+def test_a_transport_that_does_not_exist() -> None:
+    finding = the_finding(with_environment(FIVEDP_TRANSPORT="nccl"), "device arrays")
+    assert finding.level == FAIL
+    assert finding.fix.endswith("cuda_mpi, ipc, staged")
+
+
+@pytest.mark.parametrize(("asked", "name"), [("", "ipc"), ("staged", "staged"), ("cuda_mpi", "")])
+def test_two_ranks_try_the_transport(tmp_path: Path, asked: str, name: str) -> None:
+    """On a double of CuPy: the trial itself is real."""
+    (tmp_path / "cupy.py").write_text(
+        "import gpu_double, sys\n"
+        "from fivedp.comm.transport import ipc\n"
+        "module = sys.modules['cupy'] = gpu_double.make_module()\n"
+        "ipc.allocation_of = lambda pointer: ipc.Allocation(*module.gpu.allocation_of(pointer))\n"
+    )
+    paths = [str(tmp_path), str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environ = clean_environment() | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    environ.pop("FIVEDP_TRANSPORT", None)
+    environ |= {"FIVEDP_TRANSPORT": asked} if asked else {}
+    launcher = find_launcher(find_library(environ=clean_environment()), clean_environment())
+    answer = try_transport(launcher, environ, sys.executable)
+    assert answer.get("name", "") == name, answer
+    if asked == "cuda_mpi":  # the wheels are built without CUDA, and say so
+        assert "TransportError: FIVEDP_TRANSPORT=cuda_mpi can't be had on rank 0" in answer["error"]
+    else:
+        assert "error" not in answer
 
 
 # ---------------------------------------------------------------- the screen

@@ -215,7 +215,7 @@ def test_rank_that_dies(end: str, first_call: str) -> None:
 
 
 def test_silent_rank_is_named_at_the_deadline() -> None:
-    done = run("if rank == 1:\n    time.sleep(8)\n", FIVEDP_TIMEOUT="2")
+    done = run("if rank == 1:\n    time.sleep(6)\n", FIVEDP_TIMEOUT="2")
     found = caught(done)
     for rank in (0, 2):
         kind, seconds, text = found[rank]
@@ -232,7 +232,7 @@ def test_wrong_deadline_is_told() -> None:
 
 
 def test_slow_rank_is_waited_for() -> None:
-    done = run("if rank == 1:\n    time.sleep(3)\n", FIVEDP_TIMEOUT="30")
+    done = run("if rank == 1:\n    time.sleep(2)\n", FIVEDP_TIMEOUT="30")
     assert done.returncode == 0
     assert done.stdout.count("no error") == 3
 

@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 import attention_operands
 import fivedp
-from drawn_cases import cases
+from drawn_cases import dealt
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
 from fivedp.layout.explain_attention import attention_prices
@@ -282,7 +282,7 @@ def check_bits(drawn: Drawn, case: Case, whole: list[Any], rows: Any, keys: Any)
         assert x[chosen].tobytes() == y[chosen].tobytes(), f"{name} has other bits on one rank"
 
 
-@settings(max_examples=cases(210))
+@settings(max_examples=dealt(1680, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn())
 def test_drawn_attention_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn) -> None:
     clean = build(case, comm.size)
@@ -301,7 +301,7 @@ def test_drawn_attention_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: D
         check_bits(case, dirty, whole, rows, keys)
 
 
-@settings(max_examples=cases(25))
+@settings(max_examples=dealt(200, RANKS, MPI.COMM_WORLD.size))
 @given(
     case=drawn(
         dtype=st.just("float64"), logits=st.just("usual"), poison=st.just("nothing"), dlse=st.just(True),
@@ -337,7 +337,7 @@ def test_gradients_are_the_slope_of_the_forward(comm: MPI.Intracomm, case: Drawn
     assert abs(slope - near) <= abs(far - near) + 100 * 2.2e-16 * (1 + size) / h
 
 
-@settings(max_examples=cases(25))
+@settings(max_examples=dealt(200, RANKS, MPI.COMM_WORLD.size))
 @given(
     case=drawn(
         queries=st.integers(0, 5), keys=LENGTHS, documents=st.just(0), order=st.just("ring"), way=st.just("ring"),

@@ -1,13 +1,7 @@
-"""CuPy arrays, without a GPU: a module of that name whose arrays refuse what CuPy's refuse.
-
-Its arrays are not NumPy's, live behind `asnumpy` and `asarray`, and can't be mixed with NumPy's: what CuPy would raise
-on a device is raised here.
-"""
+"""Products of CuPy arrays, without a GPU: on a double as asynchronous as a device, which refuses what CuPy refuses."""
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,92 +10,18 @@ import pytest
 from mpi4py import MPI
 
 import fivedp
+import gpu_double
 from fivedp import DTypeError
 from mpi_products import C64, CONTRACT, F32, F64, OTHERS, draw, einsum, index_names, judge, layouts, meshes, names
 
 RANKS = (1, 2, 3)
 
 
-def _host(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
-    return value.on_device if isinstance(value, Device) else value
-
-
-class Device:
-    """An array on a pretended device."""
-
-    __array_priority__ = 100
-    __slots__ = ("on_device",)
-
-    def __init__(self, array: Any) -> None:
-        self.on_device = array
-
-    def __array__(self, *arguments: Any, **keywords: Any) -> Any:
-        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
-
-    shape = property(lambda self: self.on_device.shape)
-    strides = property(lambda self: self.on_device.strides)
-    dtype = property(lambda self: self.on_device.dtype)
-    ndim = property(lambda self: self.on_device.ndim)
-    size = property(lambda self: self.on_device.size)
-    nbytes = property(lambda self: self.on_device.nbytes)
-    T = property(lambda self: Device(self.on_device.T))
-
-    @property
-    def flags(self) -> Any:
-        return types.SimpleNamespace(
-            c_contiguous=self.on_device.flags.c_contiguous, f_contiguous=self.on_device.flags.f_contiguous
-        )
-
-    def get(self) -> Any:
-        return np.array(self.on_device, order="C")
-
-    def __getitem__(self, key: Any) -> Any:
-        return Device(np.asarray(self.on_device[key]) if self.on_device[key].ndim == 0 else self.on_device[key])
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.on_device[key] = _host(value)
-
-    def __len__(self) -> int:
-        return len(self.on_device)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
-
-    def __add__(self, other: Any) -> Any:
-        return Device(self.on_device + _host(other))
-
-    def __mul__(self, other: Any) -> Any:
-        return Device(self.on_device * _host(other))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def _same(name: str) -> Any:  # type: ignore[misc]
-        def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            return Device(getattr(self.on_device, name)(*arguments, **keywords))
-
-        return method
-
-    transpose, reshape, swapaxes = _same("transpose"), _same("reshape"), _same("swapaxes")
-    astype, copy, conj, view = _same("astype"), _same("copy"), _same("conj"), _same("view")
-
-
 @pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module: Any = types.ModuleType("cupy")
-    kind = type("ndarray", (Device,), {"__module__": "cupy"})
-    # Every array that comes out of an operation has the module's type.
-    monkeypatch.setattr(sys.modules[__name__], "Device", kind)
-    module.ndarray = kind
-    module.asarray = lambda x: x if isinstance(x, kind) else kind(np.array(x))
-    module.asnumpy = lambda x: x.get()
-    module.empty = lambda shape, dtype: kind(np.full(shape, np.nan, dtype))
-    module.matmul = lambda x, y: kind(np.matmul(_host(x), _host(y)))
-    module.concatenate = lambda arrays, axis: kind(np.concatenate([_host(x) for x in arrays], axis))
-    module.may_share_memory = lambda x, y: np.may_share_memory(_host(x), _host(y))
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
+def cupy(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Any]:
+    module = gpu_double.install(monkeypatch, seed, cuda_mpi=False)
+    yield module
+    module.gpu.running = False
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, C64, np.dtype(np.float16)], ids=str)

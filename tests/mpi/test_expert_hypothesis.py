@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 import fivedp
 import mpi_dispatch
-from drawn_cases import cases
+from drawn_cases import dealt
 from fivedp import SharedExperts
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
@@ -150,7 +150,7 @@ def build(drawn: Drawn, ranks: int) -> Case:
     return case
 
 
-@settings(max_examples=cases(150))
+@settings(max_examples=dealt(1200, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn())
 def test_drawn_layer_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn) -> None:
     whole, comm = build(case, comm.size), placed(comm, case.nodes)
@@ -173,7 +173,7 @@ def test_drawn_layer_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn
             whole.check_bits(everything[0])
 
 
-@settings(max_examples=cases(80))
+@settings(max_examples=dealt(640, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn(given=st.just(True)), widened=st.booleans())
 def test_drawn_dispatch_is_as_exact_as_its_definition(comm: MPI.Intracomm, case: Drawn, widened: bool) -> None:
     whole = mpi_dispatch.draw(
@@ -191,7 +191,7 @@ OPTIONS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=cases(25))
+@settings(max_examples=dealt(200, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn(
     dtype=st.just("float64"), wire=st.just("same"), poison=st.just(False), n_tokens=st.integers(0, 9),
     activation=ONE_OF([name for name in ACTIVATIONS if name != "relu"]),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 import fivedp
-from drawn_cases import cases
+from drawn_cases import dealt
 from mpi_products import BFLOAT16, C64, F32, F64, STORED, check, grids, index_names
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -51,7 +51,7 @@ def specs(draw: Any) -> str:
     return f"{texts[0]}, {texts[1]} -> {texts[2]}"
 
 
-@settings(max_examples=cases(250))
+@settings(max_examples=dealt(2000, RANKS, MPI.COMM_WORLD.size))
 @given(data=st.data(), spec=specs(), seed=st.integers(0, 2**31))
 def test_drawn_product_is_exact(data: st.DataObject, spec: str, seed: int) -> None:
     sizes = data.draw(st.sampled_from(grids(MPI.COMM_WORLD.size, 3)), label="grid")
@@ -72,7 +72,7 @@ def test_drawn_product_is_exact(data: st.DataObject, spec: str, seed: int) -> No
     check(mesh, spec, lengths, dtype, rng, exact=True, how=how, alpha=alpha, beta=beta, out=out, order=order)
 
 
-@settings(max_examples=cases(60))
+@settings(max_examples=dealt(480, RANKS, MPI.COMM_WORLD.size))
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_drawn_layout_comes_back_whole(data: st.DataObject, seed: int) -> None:
     spec = data.draw(specs())

@@ -14,11 +14,12 @@ from fivedp.comm import messages
 from fivedp.comm.grid import grid_of
 from fivedp.layout import schedule
 from fivedp.layout.explain import plan_for
-from fivedp.layout.plan import ItemSizes
+from fivedp.layout.plan import ItemSizes, PlanFamily
 from fivedp.ops.matmul import matmul_with
 from mpi_products import (
     BFLOAT16,
     CONTRACT,
+    EVERYTHING_UP_TO,
     F32,
     F64,
     OTHERS,
@@ -26,6 +27,7 @@ from mpi_products import (
     allowed_error,
     check,
     einsum,
+    in_turn,
     index_names,
     judge,
     layouts,
@@ -59,6 +61,26 @@ def count_schedules(spec: str, sizes: dict[str, int], mesh: Any) -> int:
     return len(family.all_plans([sizes[name] for name in family.indices], ItemSizes(1, 1, 1, 1, 1)))
 
 
+def sample(n_schedules: int, most: int, rng: np.random.Generator) -> list[int]:
+    """Some of them, the same on all ranks, for a spec may have a thousand on three axes."""
+    return sorted(rng.choice(n_schedules, min(n_schedules, most), replace=False).tolist())
+
+
+@pytest.fixture
+def listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedules of the same sizes are listed once: there may be a thousand, and a test takes them one by one."""
+    lists: dict[Any, list[Any]] = {}
+    all_plans = PlanFamily.all_plans
+
+    def listed(family: PlanFamily, sizes: Any, itemsizes: ItemSizes) -> list[Any]:
+        key = (id(family), tuple(sizes), itemsizes)  # families live as long as the process
+        if key not in lists:
+            lists[key] = all_plans(family, sizes, itemsizes)
+        return lists[key]
+
+    monkeypatch.setattr(PlanFamily, "all_plans", listed)
+
+
 def many_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tiles so small that little arrays take many stages."""
     for name, value in (
@@ -87,6 +109,7 @@ def test_many_stages_give_the_bits_of_one(comm: MPI.Intracomm, seed: int, monkey
     assert comm.size == 1 or staged > 20
 
 
+@pytest.mark.usefixtures("listed_once")
 def test_every_schedule_of_a_spec_gives_the_same_result(
     comm: MPI.Intracomm, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,9 +124,7 @@ def test_every_schedule_of_a_spec_gives_the_same_result(
         wanted = fivedp.shard(einsum(spec, a, b), c_layout, mesh)
         allowed = fivedp.shard(allowed_error(spec, a, b, dtype), c_layout, mesh)
         chosen = fivedp.sharded_matmul(a_local, b_local, spec, mesh)
-        # Some specs have a thousand schedules on three axes; a sample of them, the same on all ranks.
-        n_schedules = count_schedules(spec, sizes, mesh)
-        picks = range(n_schedules) if n_schedules <= 10 else sorted(rng.choice(n_schedules, 10, replace=False).tolist())
+        picks = sample(count_schedules(spec, sizes, mesh), 10 if comm.size <= EVERYTHING_UP_TO else 6, rng)
         for pick, staged in itertools.product(picks, (False, True)):
             with monkeypatch.context() as patch:
                 if staged:
@@ -122,11 +143,7 @@ def test_bytes_counted_are_the_bytes_planned(comm: MPI.Intracomm, seed: int, mon
     moved = 0
     for (spec, axes), staged in itertools.product(CONTRACT + OTHERS, (False, True)):
         for mesh in meshes(comm, axes, 1):
-            for dtype, order, wire in (
-                (F32, "tree", "sum"),
-                (BFLOAT16, "canonical", "sum"),
-                (BFLOAT16, "tree", "same"),
-            ):
+            for dtype, order, wire in in_turn(spec, comm, MODES, 3):
                 a_layout, b_layout, _ = layouts(spec)
                 sizes = sizes_of(spec, rng, 1, 25 if len(index_names(spec)) < 4 else 12)
                 a, b = operands(spec, sizes, dtype, rng)
@@ -172,6 +189,7 @@ def test_error_is_at_most_twice_that_of_one_numpy_product(comm: MPI.Intracomm, s
             assert error <= 2 * honest, f'"{spec}" {dtype}: error {error:.3g}, one NumPy product has {honest:.3g}'
 
 
+@pytest.mark.usefixtures("listed_once")
 def test_three_summed_indices_cut_three_ways(comm: MPI.Intracomm, seed: int) -> None:
     rng = np.random.default_rng(seed)
     spec = "m x/r y/c z/d, x y z n -> m n"
@@ -180,9 +198,7 @@ def test_three_summed_indices_cut_three_ways(comm: MPI.Intracomm, seed: int) -> 
         sizes = {"m": 5, "x": 18, "y": 18, "z": 18, "n": 3}
         a, b = operands(spec, sizes, F64, rng, exact=True)
         a_local, wanted = fivedp.shard(a, layouts(spec)[0], mesh), einsum(spec, a, b)
-        n_schedules = count_schedules(spec, sizes, mesh)
-        step = max(1, n_schedules // 12)
-        for pick in range(0, n_schedules, step):
+        for pick in sample(count_schedules(spec, sizes, mesh), 12 if comm.size <= EVERYTHING_UP_TO else 6, rng):
             choose = Pick(pick)
             c = matmul_with(a_local, b, spec, mesh, choose)
             judge(f"{choose.plan.family.sizes} {choose.plan.assignment}", c, wanted, 0.0)

@@ -234,6 +234,9 @@ def test_wrong_arguments_of_one_rank_raise_on_all(comm: MPI.Intracomm) -> None:
             fivedp.ring_attention(given.pop("q"), given.pop("k"), given.pop("v"), comm, **given)
         assert text in str(caught.value), caught.value
         assert len(set(comm.allgather(str(caught.value)))) == 1
+    for unknown in ("windows", "return_lse"):  # the gradients have no log-sum-exp to return
+        with pytest.raises(TypeError, match=f"'{unknown}'.*causal, layout"):
+            fivedp.ring_attention_backward(x, x, x, x, x, x[..., 0], comm, **{unknown: True})
     # The communicator is as good as before.
     judge_case = plain(np.random.default_rng(0), 40)
     judge(judge_case, judge_case.run(comm), comm)

@@ -12,6 +12,7 @@ bytes it had to send, and the memory it took. A wrong row is marked and makes th
     operands.py          inputs made where they are used, from global indices
     pieces.py            which part of a matrix a rank holds; visibility.py: which tokens, and who sees them
     check.py             is this product right, and are its bits those of one rank
+    sampled_check.py     samples beside what is right and what a plain computation gives
     attention_check.py   is this attention right
     measure.py           one case: time, bytes, memory, verdict; account.py: how bytes and memory are counted
     report.py            table, JSON, CSV

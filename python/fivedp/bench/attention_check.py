@@ -24,6 +24,7 @@ from fivedp.bench.cases.attention import Case
 from fivedp.bench.check import FEW, FREIVALDS_SIGMAS, SLACK, epsilon, pick, squares
 from fivedp.bench.family import Row
 from fivedp.bench.measure import Bench
+from fivedp.bench.sampled_check import Arithmetic, SampledCheck
 from fivedp.bench.visibility import Indices, Sight
 
 Array = NDArray[Any]
@@ -52,28 +53,6 @@ class Shares:
         block = operands.block(self.seed + TENSORS[name], rows, range(begin * case.size, end * case.size), dtype)
         block *= np.asarray(SHARPER.get(name, 1.0), dtype)
         return block.reshape(case.batch, len(tokens), end - begin, case.size)
-
-
-class Arithmetic(NamedTuple):
-    """The types of one computation: of sums, and what weights and results are rounded to."""
-
-    sums: np.dtype[Any]
-    stored: np.dtype[Any]
-
-    def rounded(self, x: Array) -> Array:
-        """`x` as it comes back from memory."""
-        return x.astype(self.stored, copy=False).astype(self.sums, copy=False)
-
-
-def plain(dtype: np.dtype[Any]) -> Arithmetic:
-    """In the type of the inputs."""
-    return Arithmetic(operands.accumulator_of(dtype), dtype)
-
-
-def exact(dtype: np.dtype[Any]) -> Arithmetic:
-    """Wider than the inputs."""
-    wide = np.dtype(np.longdouble) if dtype == np.float64 else np.dtype(np.float64)
-    return Arithmetic(wide, wide)
 
 
 class Forward(NamedTuple):
@@ -119,7 +98,7 @@ class Whole(NamedTuple):
     delta_size: float
 
 
-class Check:
+class Check(SampledCheck):
     """Errors of one case on this rank, added up over all ranks when they are read.
 
     Attributes
@@ -130,24 +109,23 @@ class Check:
         One key head and its query heads, among those sampled.
     """
 
+    reason = "twice that of a plain computation"
+    aside = ("lse",)
+
     def __init__(self, bench: Bench, shares: Shares, queries: Indices, keys: Indices) -> None:
-        self.comm, self.bench, self.shares, self.case = bench.comm, bench, shares, shares.case
+        super().__init__(bench.comm, operands.dtype_of(shares.case.dtype))
+        self.bench, self.shares, self.case = bench, shares, shares.case
         self.queries, self.keys = queries, keys
-        self.dtype = operands.dtype_of(self.case.dtype)
-        self.exact, self.plain = exact(self.dtype), plain(self.dtype)
         self.sight, self.scale = Sight.of(self.case), self.case.size**-0.5
-        extended = self.dtype == np.float64  # long double has no BLAS
         draw = np.random.default_rng([shares.seed, self.comm.rank])
-        self.rows = pick(len(queries), 4 if extended else SAMPLED_ROWS, draw)
-        self.columns = pick(len(keys), 4 if extended else SAMPLED_ROWS, draw)
+        self.rows = pick(len(queries), 4 if self.extended else SAMPLED_ROWS, draw)
+        self.columns = pick(len(keys), 4 if self.extended else SAMPLED_ROWS, draw)
         self.batch = shares.seed % self.case.batch
         self.group = self.case.heads // self.case.kv_heads
-        self.some = 1 if extended else min(SAMPLED_HEADS, -(-self.case.kv_heads // self.comm.size))
+        self.some = 1 if self.extended else min(SAMPLED_HEADS, -(-self.case.kv_heads // self.comm.size))
         # the ranks go through the key heads in turn; a gradient needs all ranks on the same one
         self.first = (shares.seed + (0 if self.case.backward else self.comm.rank)) % self.case.kv_heads
         self.kv_heads, self.heads = self._heads(self.first)
-        self._sums: dict[str, Array] = {}
-        self._residual = 0.0
         self._same_bits: bool | None = None
 
     def _heads(self, kv_head: int) -> tuple[slice, slice]:
@@ -163,17 +141,9 @@ class Check:
         made: Array = x[:, 0] if name in "kv" else x.transpose(1, 0, 2)
         return made
 
-    def _add(self, name: str, got: Array, truth: Array, honest: Array) -> None:
-        """Put samples of a result beside what is right and what a plain computation gives."""
-        wide = self.exact.sums
-        got, truth, honest = (x.astype(wide, copy=False) for x in (got, truth, honest))
-        sums = np.array([squares(got - truth), squares(honest - truth), squares(truth), float(truth.size)], np.float64)
-        self._sums[name] = self._sums.get(name, 0) + sums
-
     def forward(self, o: Array, lse: Array) -> None:
         """Judge o (B, S_local, H, D) and lse (B, H, S_local)."""
-        for name in ("o", "lse"):
-            self._sums[name] = np.zeros(4)
+        self._expect("o", "lse")
         tokens = self.queries[self.rows]
         if tokens.size:
             low, high = int(self.sight.low[tokens].min()), int(self.sight.high[tokens].max())
@@ -182,7 +152,7 @@ class Check:
             for number in range(self.some):
                 kv_head, heads = self._heads((self.first + number * self.comm.size) % self.case.kv_heads)
                 q, k, v = self._make("q", tokens, heads), self._make("k", seen, kv_head), self._make("v", seen, kv_head)
-                truth, honest = (attend(q, k, v, None, sees, self.scale, how) for how in (self.exact, self.plain))
+                truth, honest = (attend(q, k, v, None, sees, self.scale, how) for how in self.ways)
                 got = o[self.batch][self.rows][:, heads].transpose(1, 0, 2)
                 self._add("o", got, truth.o, honest.o)
                 self._add("lse", lse[self.batch][heads][:, self.rows], truth.lse, honest.lse)
@@ -190,11 +160,9 @@ class Check:
 
     def backward(self, dq: Array, dk: Array, dv: Array) -> None:
         """Judge dq, dk and dv, each (B, S_local, heads, D)."""
-        for name in ("dq", "dk", "dv"):
-            self._sums[name] = np.zeros(4)
+        self._expect("dq", "dk", "dv")
         whole = self._whole()
         kv_head, heads = self.kv_heads, self.heads
-        ways = (self.exact, self.plain)
         tokens = self.queries[self.rows]
         if tokens.size:
             seen = np.arange(int(self.sight.low[tokens].min()), int(self.sight.high[tokens].max()) + 1, dtype=np.int64)
@@ -202,7 +170,7 @@ class Check:
             q, do = (self._make(x, tokens, heads) for x in ("q", "do"))
             k, v = (self._make(x, seen, kv_head) for x in "kv")
             answers = []
-            for way, lse, delta in zip(ways, whole.lse, whole.delta, strict=True):
+            for way, lse, delta in zip(self.ways, whole.lse, whole.delta, strict=True):
                 _, ds = _derivatives(q, k, v, do, lse[:, tokens], delta[:, tokens], sees, self.scale, way)
                 answers.append(way.rounded((ds @ k.astype(way.sums)) * way.sums.type(self.scale)))
             self._add("dq", dq[self.batch][self.rows][:, heads].transpose(1, 0, 2), answers[0], answers[1])
@@ -219,7 +187,7 @@ class Check:
         k, v = (self._make(x, tokens, self.kv_heads) for x in "kv")
         viewers = np.flatnonzero(self.sight.counts(tokens)).astype(np.int64)
         results = []
-        for way, lse, delta in zip((self.exact, self.plain), whole.lse, whole.delta, strict=True):
+        for way, lse, delta in zip(self.ways, whole.lse, whole.delta, strict=True):
             dk, dv = np.zeros(k.shape, way.sums), np.zeros(v.shape, way.sums)
             step = max(1, AT_ONCE // (self.group * len(tokens)))
             for part in (viewers[i : i + step] for i in range(0, len(viewers), step)):
@@ -300,7 +268,7 @@ class Check:
             (total(mine["do"]) - total(dv)).ravel(),
         ])  # fmt: skip
         agree.add_up(self.comm, differences)
-        spread = {name: math.sqrt(x[1] / max(1.0, x[3])) for name, x in self._sums.items()}
+        spread = self._spread()
         size = {name: math.sqrt(1 / 3) * SHARPER.get(name, 1.0) for name in TENSORS}
         rows, columns = case.batch * case.queries * self.group, case.batch * case.keys
         # An lse is rounded once for all weights of its row, so their errors add up instead of averaging out.
@@ -317,48 +285,17 @@ class Check:
         worst = float((np.abs(differences) / (FREIVALDS_SIGMAS * allowed + floor)).max(initial=0.0))
         self._residual = worst if math.isfinite(worst) else math.inf
 
-    def _finish(self, results: list[Array]) -> None:
-        """Add up over the ranks; what is not a number anywhere is wrong everywhere."""
-        sums = np.concatenate(list(self._sums.values()))
-        agree.add_up(self.comm, sums)
-        finite = all(bool(np.isfinite(x.astype(self.plain.sums, copy=False)).all()) for x in results)
-        if not agree.everywhere(self.comm, finite):
-            sums[0] = np.nan
-        self._sums = dict(zip(self._sums, sums.reshape(-1, 4), strict=True))
-
-    def _errors(self) -> dict[str, tuple[float, float, float]]:
-        """By result: relative error, that of the plain computation, and what is allowed."""
-        errors = {}
-        for name, (wrong, honest, size, count) in self._sums.items():
-            whole = math.sqrt(size) or 1.0
-            relative, plainly = math.sqrt(wrong) / whole, math.sqrt(honest) / whole
-            # an lse is kept in units of log 2 and rounded again as it leaves them
-            floor = epsilon(self.plain.sums) if name == "lse" else epsilon(self.dtype) if count < FEW else 0.0
-            errors[name] = (relative, plainly, SLACK * plainly + floor)
-        return errors
+    def _allowed(self, name: str, plainly: float, samples: float) -> float:
+        # an lse is kept in units of log 2 and rounded again as it leaves them
+        floor = epsilon(self.plain.sums) if name == "lse" else epsilon(self.dtype) if samples < FEW else 0.0
+        return SLACK * plainly + floor
 
     @property
     def wrong(self) -> str:
         """Why the results are wrong; empty where they are right."""
-        for name, (error, _, allowed) in self._errors().items():
-            if not error <= allowed:
-                return f"error of {name}, {error:.1e}, exceeds {allowed:.1e}, twice that of a plain computation"
-        if not self._residual <= 1.0:
-            return f"sums that gradients conserve differ {self._residual:.3g} times as much as rounding explains"
-        if self._same_bits is False:
-            return "the bits of one rank are promised here, and they differ"
-        return ""
+        return super().wrong or ("the bits of one rank are promised here, and they differ"
+                                 if self._same_bits is False else "")  # fmt: skip
 
     def found(self) -> Row:
-        """Errors by result; on top those of the result that is worst beside a plain computation."""
-        errors = self._errors()
-        results = [found for name, found in errors.items() if name != "lse"]
-        worst = max(results, key=lambda x: math.inf if math.isnan(x[0]) else x[0] / (x[1] or 1.0))
-        return {
-            "error": worst[0],
-            "honest_error": worst[1],
-            "errors": {name: error for name, (error, _, _) in errors.items()},
-            "honest_errors": {name: honest for name, (_, honest, _) in errors.items()},
-            "conservation": self._residual,
-            "same_bits": self._same_bits,
-        }
+        """As every check, and whether the bits are those of one rank."""
+        return super().found() | {"same_bits": self._same_bits}

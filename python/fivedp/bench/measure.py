@@ -152,13 +152,18 @@ def timed(bench: Bench, case: Case, trial: Trial, once: float) -> Row:
         "share_of_peak": case.flops / median / bench.peaks[case.dtype],
     }
     if speeds:
-        row["reference"] = {"name": bench.reference.name, "threads": bench.reference_threads, **_ratio(speeds)}
+        row["reference"] = {
+            "name": bench.reference.name,
+            "threads": bench.reference_threads,
+            **ratio_and_spread(speeds),
+        }
     if sibling is not None:
-        row[sibling[0]] = _ratio(prices)
+        row[sibling[0]] = ratio_and_spread(prices)
     return row
 
 
-def _ratio(ratios: list[float]) -> Row:
+def ratio_and_spread(ratios: list[float]) -> Row:
+    """The median of ratios, and the least and largest of them."""
     return {"ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
 
 

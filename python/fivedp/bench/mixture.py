@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivedp.bench import expert_workload, operands
-from fivedp.bench.attention_check import Arithmetic
 from fivedp.bench.cases.moe import Case
+from fivedp.bench.sampled_check import Arithmetic
 
 Array = NDArray[Any]
 Indices = NDArray[np.int64]

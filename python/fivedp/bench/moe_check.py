@@ -22,17 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivedp.bench import agree, expert_workload, operands
-from fivedp.bench.attention_check import exact, plain
 from fivedp.bench.check import FEW, FREIVALDS_SIGMAS, SLACK, epsilon, pick, squares
-from fivedp.bench.family import Row
 from fivedp.bench.mixture import Indices, Inputs, Weights, choice_weights, logit_gradients, through
 from fivedp.bench.pieces import span
+from fivedp.bench.sampled_check import SampledCheck
 
 Array = NDArray[Any]
 SAMPLED_TOKENS, SAMPLED_UNITS, SAMPLED_EXPERTS = 24, 8, 2
 
 
-class Check:
+class Check(SampledCheck):
     """Errors of one case on this rank, added up over all ranks when they are read.
 
     Parameters
@@ -43,15 +42,13 @@ class Check:
         Of this rank's experts.
     """
 
+    reason = "what rounding explains"
+
     def __init__(self, comm: Any, inputs: Inputs, tokens: range, experts: range, weights: Weights) -> None:
-        self.comm, self.inputs, self.case = comm, inputs, inputs.case
+        super().__init__(comm, operands.dtype_of(inputs.case.dtype))
+        self.inputs, self.case = inputs, inputs.case
         self.tokens, self.experts, self.weights = tokens, experts, weights
-        self.dtype = operands.dtype_of(self.case.dtype)
-        self.ways = (exact(self.dtype), plain(self.dtype))
-        self.extended = self.dtype == np.float64  # long double has no BLAS
         self.draw = np.random.default_rng([inputs.seed, comm.rank])
-        self._sums: dict[str, Array] = {}
-        self._residual = 0.0
 
     def _sample(self) -> Indices:
         """The sampled tokens, some of every rank's share; the same on every rank."""
@@ -59,13 +56,6 @@ class Check:
         most = max(2, (6 if self.extended else SAMPLED_TOKENS) // ranks)
         shares = (span(self.case.tokens, ranks, rank) for rank in range(ranks))
         return np.concatenate([share.start + pick(len(share), most, draw) for share in shares]).astype(np.int64)
-
-    def _add(self, name: str, got: Array, truth: Array, honest: Array) -> None:
-        """Put samples of a result beside what is right and what a plain computation gives."""
-        wide = self.ways[0].sums
-        got, truth, honest = (x.astype(wide, copy=False) for x in (got, truth, honest))
-        sums = np.array([squares(got - truth), squares(honest - truth), squares(truth), float(truth.size)], np.float64)
-        self._sums[name] = self._sums.get(name, 0) + sums
 
     def _pairs(self, tokens: Indices, chosen: Array, backward: bool) -> list[tuple[Array, Array, Array]]:
         """Exact and plain, of every pair (n, k, H): the expert's row, or its part of dx; and <dy, row> (n, k).
@@ -141,9 +131,7 @@ class Check:
     def _units(self, gradients: Weights) -> tuple[NDArray[np.int64], float]:
         """Judge the gradients of some hidden units; the tokens of every expert, and the mean of those judged."""
         case, names = self.case, ("d_w_gate", "d_w_up", "d_w_down")
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                self._sums[name] = np.zeros(4)
+        self._expect(*(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None))
         chosen = self.inputs.choices(range(case.tokens))
         counts = np.bincount(chosen.ravel(), minlength=case.model.experts)
         some = pick(len(self.experts), 1 if self.extended else SAMPLED_EXPERTS, self.draw)[::-1]
@@ -173,7 +161,7 @@ class Check:
         self, dy: Array, y: Array, d_router: Array, gradients: Weights, counts: NDArray[np.int64], sampled: float
     ) -> None:
         """Judge the sums that every element of d_w_up, d_w_down and d_router is part of, after `_finish`."""
-        m, spread = self.case.model, {n: math.sqrt(s[1] / max(1.0, s[3])) for n, s in self._sums.items()}
+        m, spread = self.case.model, self._spread()
         wide = np.dtype(np.float64)
         worst, total = 0.0, np.zeros(3)
         for local, expert in enumerate(self.experts):
@@ -207,55 +195,18 @@ class Check:
     def _router_rounding(self, d_router: Array) -> float:
         """What sums over all tokens in the type of sums lose of an element of d_router, about."""
         size = math.sqrt(squares(d_router.astype(np.float64)) / max(1, d_router.size))
-        return epsilon(self.ways[1].sums) * math.sqrt(self.case.tokens * self.case.model.experts) * size
+        return epsilon(self.plain.sums) * math.sqrt(self.case.tokens * self.case.model.experts) * size
 
     def _floor(self, value: float) -> float:
         """The sums themselves round."""
         return epsilon(np.dtype(np.float64)) * self.case.pairs * self.case.model.hidden * (1.0 + abs(value))
 
-    def _finish(self, results: list[Array]) -> None:
-        """Add up over the ranks; what is not a number anywhere is wrong everywhere."""
-        sums = np.concatenate(list(self._sums.values()))
-        agree.add_up(self.comm, sums)
-        finite = all(bool(np.isfinite(x.astype(self.ways[1].sums, copy=False)).all()) for x in results)
-        if not agree.everywhere(self.comm, finite):
-            sums[0] = np.nan
-        self._sums = dict(zip(self._sums, sums.reshape(-1, 4), strict=True))
-
-    def _errors(self) -> dict[str, tuple[float, float, float]]:
-        """By result: relative error, that of the plain computation, and what is allowed."""
-        errors, model = {}, self.case.model
-        for name, (wrong, honest, size, count) in self._sums.items():
-            whole = math.sqrt(size) or 1.0
-            relative, plainly = math.sqrt(wrong) / whole, math.sqrt(honest) / whole
-            floor = epsilon(self.dtype) if count < FEW else 0.0
-            terms = model.width + model.hidden + (self.case.tokens if name.startswith("d_w") else 0)
-            # A sum of n random terms, each partial sum rounded by half a unit at most: u sqrt(n / 6) of the whole.
-            one_by_one = epsilon(self.ways[1].sums) / 2 * math.sqrt(terms / 6)
-            errors[name] = (relative, plainly, SLACK * max(plainly, one_by_one) + floor)
-        return errors
-
-    @property
-    def wrong(self) -> str:
-        """Why the results are wrong; empty where they are right."""
-        for name, (error, _, allowed) in self._errors().items():
-            if not error <= allowed:
-                return f"error of {name}, {error:.1e}, exceeds {allowed:.1e}, what rounding explains"
-        if not self._residual <= 1.0:
-            return f"sums that gradients conserve differ {self._residual:.3g} times as much as rounding explains"
-        return ""
-
-    def found(self) -> Row:
-        """Errors by result; on top those of the result that is worst beside a plain computation."""
-        errors = self._errors()
-        worst = max(errors.values(), key=lambda x: math.inf if math.isnan(x[0]) else x[0] / (x[1] or 1.0))
-        return {
-            "error": worst[0],
-            "honest_error": worst[1],
-            "errors": {name: error for name, (error, _, _) in errors.items()},
-            "honest_errors": {name: honest for name, (_, honest, _) in errors.items()},
-            "conservation": self._residual,
-        }
+    def _allowed(self, name: str, plainly: float, samples: float) -> float:
+        model, floor = self.case.model, epsilon(self.dtype) if samples < FEW else 0.0
+        terms = model.width + model.hidden + (self.case.tokens if name.startswith("d_w") else 0)
+        # A sum of n random terms, each partial sum rounded by half a unit at most: u sqrt(n / 6) of the whole.
+        one_by_one = epsilon(self.plain.sums) / 2 * math.sqrt(terms / 6)
+        return SLACK * max(plainly, one_by_one) + floor
 
 
 def _over(value: float, allowed: float) -> float:

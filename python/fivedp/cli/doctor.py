@@ -14,9 +14,10 @@ import textwrap
 from pathlib import Path
 from typing import Any, TextIO
 
-from fivedp.cli.launcher import THREADS, is_rank_variable
+from fivedp.cli.launcher import THREADS
 from fivedp.cli.probes import Facts, collect
 from fivedp.cli.rules import FAIL, OK, WARN, Finding, judge
+from fivedp.comm.launch_check import is_rank_variable
 
 COLOURS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[31m"}
 PLAIN = "\033[0m"

@@ -22,18 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fivedp.cli.mpi_library import NAMES, MPILibrary, find_library, vendor_of
+from fivedp.comm.launch_check import is_rank_variable
 
 # They make a BLAS choose the kernels of another chip, or the wrong blocking: never inherited by a rank.
 MISLEADING_BLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_DEBUG_CPU_TYPE", "NVPL_")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "FIVEDP_NUM_THREADS")
-# Set by a launcher for its ranks: a launch from within a rank must not inherit them.
-RANK_VARIABLES = (
-    "PMI_", "PMIX_", "PMI2_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_SIZE", "OMPI_WORLD_", "OMPI_APP_CTX", "OMPI_NUM_APP",
-    "OMPI_FIRST_RANKS", "OMPI_FILE_LOCATION", "OMPI_MCA_ess", "OMPI_MCA_orte", "OMPI_MCA_pmix", "OMPI_MCA_num_procs",
-    "OMPI_MCA_initial_wdir", "OMPI_MCA_PREFIXES", "OMPI_MCA_cpu_type", "OMPI_LIBDIR_LOC", "OMPI_COMMAND", "OMPI_ARGV",
-    "OMPI_TOOL_NAME", "OMPI_VERSION", "OPAL_PREFIX", "PRTE_LAUNCHED", "PRTE_SHARED_FS", "PRTE_PREFIX",
-    "MPI_LOCALNRANKS", "MPI_LOCALRANKID", "HYDI_", "HYDRA_CONTROL",
-)  # fmt: skip
 LAUNCHER_NAMES = {
     "openmpi": ("mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.openmpi"),
     "mpich": ("mpirun", "mpiexec", "mpiexec.hydra", "mpirun.mpich", "mpiexec.mpich"),
@@ -123,11 +116,6 @@ def this_machine() -> Machine:
         except OSError:
             cores.add(str(cpu))
     return Machine(cores=len(cores), cpus=len(cpus), root=hasattr(os, "geteuid") and os.geteuid() == 0)
-
-
-def is_rank_variable(name: str) -> bool:
-    """Whether a launcher sets `name` for its ranks; `PMIX_MCA_*` are settings of the user."""
-    return name.startswith(RANK_VARIABLES) and not name.startswith("PMIX_MCA_")
 
 
 def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

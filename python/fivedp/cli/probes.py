@@ -100,6 +100,27 @@ if comm.rank == 0:
     os.write(1, f"trial {comm.size} {best}\\n".encode())
 """
 
+_TRANSPORT = """
+import json, os
+from mpi4py import MPI
+import numpy
+comm, answer = MPI.COMM_WORLD, {}
+try:
+    import cupy
+    import fivedp
+    from fivedp.comm.grid import grid_of
+    from fivedp.comm.transport.choice import links_of
+    whole = fivedp.gather(cupy.asarray(numpy.full(9999, 1.0 + comm.rank)), "n/p", comm)
+    links = links_of(grid_of(comm).everyone(), "fivedp doctor", cupy)
+    answer = {"name": links.to[1].name, "why": links.why[1]}
+    if not (cupy.asnumpy(whole) == numpy.repeat([1.0, 2.0], 9999)).all():
+        answer["error"] = f"{links.to[1].name} brought wrong values"
+except Exception as error:
+    answer["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+if comm.rank == 0:
+    os.write(1, f"transport {json.dumps(answer)}\\n".encode())
+"""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -148,6 +169,9 @@ class Facts:
     gpus: tuple[str, ...] = ()
     cupy: str = ""
     cupy_error: str = ""
+    transport: str = ""
+    transport_why: str = ""
+    transport_error: str = ""
 
 
 def collect(n_ranks: int, environ: Mapping[str, str] = os.environ, python: str = sys.executable) -> Facts:
@@ -180,6 +204,9 @@ def collect(n_ranks: int, environ: Mapping[str, str] = os.environ, python: str =
     numerics = _ask(python, _NUMERICS, "numerics", environ)
     gpus = find_gpus(environ)
     gpu = _ask(python, _GPU, "gpu", environ) if gpus else {}
+    transport: dict[str, str] = {}
+    if launcher is not None and gpu.get("cupy") and not gpu.get("error"):
+        transport = try_transport(launcher, clean, python)
     model, flags = cpu_description()
     return Facts(
         n_ranks=n_ranks,
@@ -216,12 +243,43 @@ def collect(n_ranks: int, environ: Mapping[str, str] = os.environ, python: str =
         gpus=gpus,
         cupy=gpu.get("cupy", ""),
         cupy_error=gpu.get("error", ""),
+        transport=transport.get("name", ""),
+        transport_why=transport.get("why", ""),
+        transport_error=transport.get("error", ""),
     )
 
 
 def try_launch(launcher: Launcher, environ: Mapping[str, str], python: str, deadline: float = 40.0) -> Trial:
     """Start two ranks as `fivedp run` would, and let them exchange a megabyte."""
-    launch = plan_launch(2, [python, "-c", _TRIAL], launcher, this_machine(), environ=environ)
+    text, problem = _two_ranks(_TRIAL, launcher, environ, python, deadline)
+    answers = [line.split() for line in text.splitlines() if line.startswith("trial ")]
+    if len(answers) > 1:
+        return Trial(size=int(answers[0][1]), error="every process believes that it is alone")
+    if answers and not problem:
+        return Trial(size=int(answers[0][1]), round_trip=float(answers[0][2]))
+    return Trial(error=problem or "exit status 0: nothing was said")
+
+
+def try_transport(
+    launcher: Launcher, environ: Mapping[str, str], python: str, deadline: float = 100.0
+) -> dict[str, str]:
+    """Let two ranks exchange a device array: the "name" of the transport and "why" it is that one, or an "error".
+
+    The first time a library that claims to take device memory is tried, which takes some of the deadline.
+    """
+    text, problem = _two_ranks(_TRANSPORT, launcher, environ, python, deadline)
+    lines = [line.partition(" ")[2] for line in text.splitlines() if line.startswith("transport ")]
+    answer: dict[str, str] = json.loads(lines[0]) if len(lines) == 1 else {}
+    if "error" not in answer and (problem or not answer):
+        answer["error"] = problem or "two ranks did not find each other"
+    return answer
+
+
+def _two_ranks(
+    code: str, launcher: Launcher, environ: Mapping[str, str], python: str, deadline: float
+) -> tuple[str, str]:
+    """(output, problem): run `code` on two ranks; the problem is empty where they came to a good end."""
+    launch = plan_launch(2, [python, "-c", code], launcher, this_machine(), environ=environ)
     mark = new_mark()
     with tempfile.TemporaryFile() as out:
         try:
@@ -234,7 +292,7 @@ def try_launch(launcher: Launcher, environ: Mapping[str, str], python: str, dead
                 process_group=0,
             )
         except OSError as error:
-            return Trial(error=f"{launcher.path} cannot be started: {error.strerror}")
+            return "", f"{launcher.path} cannot be started: {error.strerror}"
         try:
             process.wait(deadline)
             late = ""
@@ -244,13 +302,10 @@ def try_launch(launcher: Launcher, environ: Mapping[str, str], python: str, dead
             end_launch(process, mark)
         out.seek(0)
         text = out.read().decode(errors="replace")
-    answers = [line.split() for line in text.splitlines() if line.startswith("trial ")]
-    if len(answers) > 1:
-        return Trial(size=int(answers[0][1]), error="every process believes that it is alone")
-    if answers and not late and process.returncode == 0:
-        return Trial(size=int(answers[0][1]), round_trip=float(answers[0][2]))
+    if process.returncode == 0 and not late:
+        return text, ""
     said = [line.strip(" =-") for line in text.splitlines() if line.strip(" =-") and not line.startswith("trial ")]
-    return Trial(error=late or f"exit status {process.returncode}: {'; '.join(said[:2]) or 'nothing was said'}")
+    return text, late or f"exit status {process.returncode}: {'; '.join(said[:2]) or 'nothing was said'}"
 
 
 def installed_wheels() -> dict[str, str]:

@@ -20,6 +20,7 @@ MIB = 1 << 20
 SHARED_MEMORY_PER_RANK = 16 * MIB
 OPEN_FILES_PER_RANK = 64
 TEMPORARY_LEAST = 64 * MIB
+TRANSPORTS = ("cuda_mpi", "ipc", "staged")
 
 
 @dataclass(frozen=True)
@@ -396,8 +397,37 @@ def gpu(facts: Facts) -> Iterator[Finding]:
         yield Finding("GPU", OK, f"{names}, CuPy {facts.cupy}")
 
 
+def transport(facts: Facts) -> Iterator[Finding]:
+    """The way of device arrays between ranks, tried by two of them."""
+    asked = facts.environ.get("FIVEDP_TRANSPORT", "")
+    if asked and asked not in TRANSPORTS:
+        yield Finding(
+            "device arrays",
+            FAIL,
+            f"FIVEDP_TRANSPORT={asked} is no transport: every call with CuPy arrays on several ranks raises",
+            f"unset FIVEDP_TRANSPORT, or choose one of {', '.join(TRANSPORTS)}",
+        )
+    elif facts.transport_error:
+        yield Finding(
+            "device arrays",
+            FAIL,
+            f"two ranks could not exchange a device array: {facts.transport_error}",
+            "unset FIVEDP_TRANSPORT" if asked else "export FIVEDP_TRANSPORT=staged, which needs least",
+        )
+    elif facts.transport == "staged" and not asked:
+        yield Finding(
+            "device arrays",
+            WARN,
+            f"staged: device arrays pass through the host; {facts.transport_why}",
+            "take an MPI with CUDA for cuda_mpi; for ipc run the ranks in one container, on one device",
+        )
+    elif facts.transport:
+        yield Finding("device arrays", OK, f"{facts.transport} between ranks of this node: {facts.transport_why}")
+
+
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     mpi, launcher, world, trial, slots, processors, blas, threads, memory, limits, temporary, host, gpu,
+    transport,
 )  # fmt: skip
 
 

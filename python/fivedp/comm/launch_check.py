@@ -20,6 +20,14 @@ STATED_SIZES = {
 }
 # A process with one of these was started by `srun` as a task of a step; `SLURM_NTASKS` alone is only the allocation.
 SLURM_STEP = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+# Set by a launcher for its ranks: a launch from within a rank must not inherit them.
+RANK_VARIABLES = (
+    "PMI_", "PMIX_", "PMI2_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_SIZE", "OMPI_WORLD_", "OMPI_APP_CTX", "OMPI_NUM_APP",
+    "OMPI_FIRST_RANKS", "OMPI_FILE_LOCATION", "OMPI_MCA_ess", "OMPI_MCA_orte", "OMPI_MCA_pmix", "OMPI_MCA_num_procs",
+    "OMPI_MCA_initial_wdir", "OMPI_MCA_PREFIXES", "OMPI_MCA_cpu_type", "OMPI_LIBDIR_LOC", "OMPI_COMMAND", "OMPI_ARGV",
+    "OMPI_TOOL_NAME", "OMPI_VERSION", "OPAL_PREFIX", "PRTE_LAUNCHED", "PRTE_SHARED_FS", "PRTE_PREFIX",
+    "MPI_LOCALNRANKS", "MPI_LOCALRANKID", "HYDI_", "HYDRA_CONTROL",
+)  # fmt: skip
 
 
 def stated_size(environ: Mapping[str, str] = os.environ) -> tuple[int, str, str] | None:
@@ -48,6 +56,11 @@ def stated_size(environ: Mapping[str, str] = os.environ) -> tuple[int, str, str]
     if step is not None:
         found.append(step)
     return max(found, key=lambda entry: entry[0]) if found else None
+
+
+def is_rank_variable(name: str) -> bool:
+    """Whether a launcher sets `name` for its ranks; `PMIX_MCA_*` are settings of the user."""
+    return name.startswith(RANK_VARIABLES) and not name.startswith("PMIX_MCA_")
 
 
 def check_launch(world_size: int, environ: Mapping[str, str] = os.environ) -> None:

@@ -62,9 +62,10 @@ class _Idle:
     sleeps sooner and longer.
     """
 
-    def __init__(self, crowded: bool = True) -> None:
+    def __init__(self, crowded: bool = True, longest_s: float = 1e-3) -> None:
         self.yields = 4 if crowded else 400
-        self.pause_s = 100e-6 if crowded else 20e-6
+        self.longest_s = longest_s
+        self.pause_s = min(longest_s, 100e-6 if crowded else 20e-6)
 
     def rest(self) -> None:
         if self.yields:
@@ -72,7 +73,7 @@ class _Idle:
             os.sched_yield()
         else:
             time.sleep(self.pause_s)
-            self.pause_s = min(1e-3, 1.3 * self.pause_s)
+            self.pause_s = min(self.longest_s, 1.3 * self.pause_s)
 
 
 def timed_wait(requests: list[MPI.Request], what: str) -> None:
@@ -137,9 +138,6 @@ class Watchdog:
             if not isinstance(error, (PeerError, LayoutError)):
                 self._tell(self._members, _FAILED, self._channel, self._sequence, self.broken)
 
-    def _idle(self) -> _Idle:
-        return _Idle(self._crowded)
-
     # -- waits -----------------------------------------------------------------------------------------------------
 
     def wait(
@@ -186,11 +184,15 @@ class Watchdog:
         *,
         header: bool = False,
         patience_s: float | None = None,
+        longest_rest_s: float = 1e-3,
     ) -> None:
-        """As `wait`, for any condition; `missing` names the grid ranks that it still depends on."""
+        """As `wait`, for any condition; `missing` names the grid ranks that it still depends on.
+
+        Where `done` itself moves what is awaited, `longest_rest_s` bounds the time between two of its calls.
+        """
         if done():
             return
-        idle, start = self._idle(), time.monotonic()
+        idle, start = _Idle(self._crowded, longest_rest_s), time.monotonic()
         look, suspect = start + _LOOK_AFTER_S, start + _SUSPECT_AFTER_S
         patience = timeout_s() if patience_s is None else patience_s
         while not done():

@@ -24,6 +24,11 @@ def is_cupy(array: Any) -> bool:
     return cupy is not None and isinstance(array, cupy.ndarray)
 
 
+def library_of(array: Any) -> Any:
+    """The array library of `array`: cupy for its arrays, numpy for all others."""
+    return sys.modules["cupy"] if is_cupy(array) else np
+
+
 @functools.cache
 def gemm_backend() -> Literal["fivedp", "blas"]:
     """What multiplies NumPy arrays: the extension's own kernels, or NumPy's BLAS where FIVEDP_GEMM is ``blas``.

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fivedp import _cpu
-from fivedp.kernels._select import raw
+from fivedp.kernels._select import is_cupy, raw
 
 __all__ = [
     "ACTIVATIONS",
@@ -260,8 +260,26 @@ def expert_hidden_backward(
     Notes
     -----
     Arrays are contiguous along F. An output may be the same array as an input of its type (d_gate that of gate, say);
-    they may not overlap otherwise.
+    they may not overlap otherwise. CuPy arrays go to the kernels of the GPU, which take all of the work: `tiles` is
+    None, and 0 is returned.
     """
+    if is_cupy(up):
+        from fivedp.kernels.cuda import activations
+
+        if tiles is not None:
+            raise ValueError("expert_hidden_backward: tiles is given for arrays on a GPU; None would be right")
+        activations.expert_hidden_backward(
+            d_hidden,
+            gate,
+            up,
+            weights,
+            d_gate=d_gate,
+            d_up=d_up,
+            hidden_weighted=hidden_weighted,
+            d_weights=d_weights,
+            activation=activation,
+        )
+        return 0
     return _cpu.expert_hidden_backward(
         raw(d_hidden, "expert_hidden_backward: d_hidden"),
         _optional(gate, "expert_hidden_backward: gate"),

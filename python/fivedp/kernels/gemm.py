@@ -113,6 +113,12 @@ def tree_sum(
         raise ValueError("tree_sum: partials is empty; at least one array would be right")
     if is_cupy(out) or getattr(partials[0], "dtype", _F32).kind == "c":
         _check_spans(partials, spans, out)
+        if is_cupy(out) and partials[0].dtype in (_F32, _F64):
+            from fivedp.kernels.cuda import tree_sum as device
+
+            if device.is_built() and len(partials) <= device.MAX_PARTIALS:
+                device.tree_sum(partials, spans, out, alpha=alpha, beta=beta)  # type: ignore[arg-type]
+                return
         total = _array_library.combine([(count, partial) for partial, (_, count) in zip(partials, spans, strict=True)])
         _array_library.finish(total, out, alpha, beta)
         return

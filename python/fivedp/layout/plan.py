@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -47,7 +47,11 @@ class Assignment:
 
     def axes_of(self, name: str) -> tuple[str, ...]:
         """The axes assigned to index `name`."""
-        return next((axes for index, axes in self.cuts if index == name), ())
+        return self._axes.get(name, ())
+
+    @cached_property
+    def _axes(self) -> dict[str, tuple[str, ...]]:
+        return dict(self.cuts)
 
     def __str__(self) -> str:
         return " ".join(f"{name}/{'*'.join(axes)}" if axes else name for name, axes in self.cuts)
@@ -288,6 +292,9 @@ class Plan:
     bytes_a: int
     bytes_b: int
     bytes_c: int
+    # What a schedule asks for again and again while it cuts tiles: filled in where it is first asked for.
+    _bricks: dict[int, dict[str, Range]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _owned: dict[tuple[str, int], Box] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def assignment(self) -> Assignment:
@@ -310,20 +317,23 @@ class Plan:
 
     def owned(self, tensor: str, rank: int) -> Box:
         """The box of A, B or C that a rank holds, one range per dimension."""
-        family = self.family
-        layout = family.layouts[tensor]
-        return tuple(
-            share(self.sizes[index.name], *part_number(index.axes, family.sizes, family.coords[rank]))
-            for index in layout.indices
-        )
+        if (tensor, rank) not in self._owned:
+            family = self.family
+            self._owned[tensor, rank] = tuple(
+                share(self.sizes[index.name], *part_number(index.axes, family.sizes, family.coords[rank]))
+                for index in family.layouts[tensor].indices
+            )
+        return self._owned[tensor, rank]
 
     def brick(self, rank: int) -> dict[str, Range]:
-        """The range of every index that a rank computes."""
-        brick = {}
-        for name in self.family.indices:
-            parts, first, stop = self.family.cut_numbers(self.assignment, name, rank)
-            brick[name] = (border(self.sizes[name], parts, first), border(self.sizes[name], parts, stop))
-        return brick
+        """The range of every index that a rank computes; not to be written to."""
+        if rank not in self._bricks:
+            numbers = {name: self.family.cut_numbers(self.assignment, name, rank) for name in self.family.indices}
+            self._bricks[rank] = {
+                name: (border(self.sizes[name], parts, first), border(self.sizes[name], parts, stop))
+                for name, (parts, first, stop) in numbers.items()
+            }
+        return self._bricks[rank]
 
     def needed(self, tensor: str, rank: int) -> Box:
         """The box of A or B that a rank's brick reads, or the box of C that it writes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from fivedp.errors import LayoutError
 
@@ -34,19 +34,23 @@ class Layout:
 
     indices: tuple[Index, ...]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The index names, one per dimension."""
         return tuple(index.name for index in self.indices)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """Every mesh axis that cuts some index, in the order of the text."""
         return tuple(axis for index in self.indices for axis in index.axes)
 
     def cut_of(self, name: str) -> tuple[str, ...]:
         """The axes that cut index `name`; empty where it is whole or absent."""
-        return next((index.axes for index in self.indices if index.name == name), ())
+        return self._cuts.get(name, ())
+
+    @cached_property
+    def _cuts(self) -> dict[str, tuple[str, ...]]:
+        return {index.name: index.axes for index in self.indices}
 
     def __str__(self) -> str:
         return " ".join(map(str, self.indices))
@@ -64,12 +68,12 @@ class ProductSpec:
     n: tuple[str, ...]
     k: tuple[str, ...]
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """Every mesh axis the spec names, each once, in the order of the text."""
         return tuple(dict.fromkeys(self.a.axes + self.b.axes + self.c.axes))
 
-    @property
+    @cached_property
     def tree_indices(self) -> tuple[str, ...]:
         """The summed indices that carry virtual shards: those with a slash anywhere, else the first."""
         cut = tuple(name for name in self.k if self.a.cut_of(name) or self.b.cut_of(name))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.grid import grid_of
@@ -20,6 +19,7 @@ from fivedp.kernels import attention as kernel
 from fivedp.kernels.attention import State
 from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
+from fivedp.ops.ring_attention import with_defaults
 
 Array = Any
 
@@ -77,20 +77,20 @@ def decode_attention(
     -----
     Collective over all ranks of `comm`. A rank sends B n H (Dv + 2) sums to every other.
     """
-    keywords = {
-        "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap, "cu_seqlens": None,
-        "cu_seqlens_k": None, "positions": positions, "kv_positions": kv_positions, "alibi_slopes": alibi_slopes,
-        "order": "ring",
-    }  # fmt: skip
+    keywords = with_defaults(
+        "decode_attention",
+        {"causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
+         "positions": positions, "kv_positions": kv_positions, "alibi_slopes": alibi_slopes},
+    )  # fmt: skip
     call = AttentionCall("decode_attention", grid_of(comm).everyone(), q, k, v, keywords, queries_everywhere=True)
     share_cores(call.grid)
     part = call.part
     state = kernel.empty_state(call.q, call.v.shape[-1])
     kernel.forward(call.q, call.k, call.v, part.mask(part.queries, part.keys), state)
-    with mailbox(call.group, call.what, np) as mail:
+    with mailbox(call.group, call.what, call.xp) as mail:
         states = _exchange(part, mail, state)
     state = kernel.join(states)
-    out = np.empty(state.output.shape, q.dtype)
+    out = call.xp.empty(state.output.shape, q.dtype)
     lse = kernel.finish(state, out)
     return (out, lse) if return_lse else out
 
@@ -98,7 +98,8 @@ def decode_attention(
 def _exchange(part: Part, mail: Mailbox, state: State) -> list[State]:
     """The states of all ranks, each in one message."""
     group = part.group
-    mine = np.concatenate([x.reshape(-1) for x in (state.highest, state.total, state.output)])
+    xp = part.xp
+    mine = xp.concatenate([x.reshape(-1) for x in (state.highest, state.total, state.output)])
     peers = [(group.index + step) % group.size for step in range(1, group.size)]
     receipts = {peer: mail.receive(mine.shape, mine.dtype, peer, TAGS["A"]) for peer in peers}
     for peer in peers:
@@ -108,7 +109,7 @@ def _exchange(part: Part, mail: Mailbox, state: State) -> list[State]:
     states = []
     for source in range(group.size):
         flat = mine if source == group.index else receipts[source].array.copy()
-        highest, total, output = np.split(flat, [rows, 2 * rows])
+        highest, total, output = xp.split(flat, [rows, 2 * rows])
         shape = state.highest.shape
         states.append(State(highest.reshape(shape), total.reshape(shape), output.reshape(state.output.shape)))
     for receipt in receipts.values():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fivedp.comm.grid import Group
-from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
+from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace, open_mailbox
 from fivedp.layout.plan import Plan
 from fivedp.layout.schedule import Message, Schedule
 from fivedp.layout.shares import Box, local_slices, shape_of
@@ -120,7 +120,7 @@ class Execution:
     def _run_once(
         self, a: Array, b: Array, out: Array, alpha: complex, beta: complex, wire: Any, xp: Any, what: str
     ) -> None:
-        mail = Mailbox(self.group, what, xp)
+        mail = open_mailbox(self.group, what, xp)
         try:
             _Run(self, a, b, out, alpha, beta, wire, mail, xp).go()
         except BaseException:
@@ -259,7 +259,7 @@ class _Run:
             self._finish(n_stages - 1)
             for receipts in self.replicas.values():
                 self.mail.wait(receipts)
-        self.mail.flush()
+        self.mail.close()
         for workspace in self.partials.values():
             self.mail.give_workspace(workspace)
 
@@ -287,7 +287,7 @@ class _Run:
         if tensor not in x.moving:
             return (x.owned[tensor],), [self.inputs[tensor]]
         entries = self.panels[tensor, panel]
-        waiting = [part for _, part in entries if isinstance(part, Receipt) and part.requests]
+        waiting = [part for _, part in entries if isinstance(part, Receipt) and part.under_way]
         if waiting:
             self.mail.wait(waiting)
         if len(entries) > 1 and x.must_join[tensor][panel]:

@@ -24,12 +24,13 @@ from fivedp.comm.grid import Group, RankGrid, grid_of, resolve_axes
 from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, mailbox
 from fivedp.errors import LayoutError
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import library_of, sum_type
 from fivedp.layout.ring_travel import Visibility
 from fivedp.layout.sequence import HeadCut, Indices, Tokens, join, reading_order
-from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays, with_defaults
+from fivedp.ops.attention_arguments import backward_arrays
+from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
-from fivedp.ops.ring_attention import backward, forward
+from fivedp.ops.ring_attention import backward, forward, with_defaults
 
 Array = Any
 
@@ -212,10 +213,11 @@ class _Exchange:
 
         shape = list(cut_heads(me).shape)
         shapes = [tuple(shape[:axis] + [len(t)] + shape[axis + 1 :]) for t in tokens.parts]
-        whole = np.empty((*shape[:axis], tokens.count, *shape[axis + 1 :]), x.dtype)
+        xp = mail.xp
+        whole = xp.empty((*shape[:axis], tokens.count, *shape[axis + 1 :]), x.dtype)
 
         def put(source: int, part: Array) -> None:
-            np.moveaxis(whole, axis, 0)[tokens.targets[source]] = np.moveaxis(part, axis, 0)
+            xp.moveaxis(whole, axis, 0)[tokens.targets[source]] = xp.moveaxis(part, axis, 0)
 
         _all_to_all(self.group, mail, [cut_heads(i) for i in range(self.group.size)], shapes, tag, put)
         return whole
@@ -223,14 +225,14 @@ class _Exchange:
     def scatter(self, mail: Mailbox, x: Array, tokens: _Sorted, of_keys: bool, tag: str, axis: int = 1) -> list[Array]:
         """This rank's tokens of every rank's heads; x has all tokens of this rank's heads."""
         head_axis, mine = 3 - axis, len(tokens.parts[self.group.index])
-        outgoing = [np.take(x, indices, axis=axis) for indices in tokens.targets]
+        outgoing = [mail.xp.take(x, mail.xp.asarray(indices), axis=axis) for indices in tokens.targets]
         shapes = []
         for cut in self.cuts:
             shape = list(x.shape)
             shape[axis] = mine
             shape[head_axis] = cut.kv_end - cut.kv_begin if of_keys else cut.end - cut.begin
             shapes.append(tuple(shape))
-        parts: list[Array] = [np.empty(shape, x.dtype) for shape in shapes]
+        parts: list[Array] = [mail.xp.empty(shape, x.dtype) for shape in shapes]
 
         def put(source: int, part: Array) -> None:
             parts[source][...] = part
@@ -242,7 +244,7 @@ class _Exchange:
         """This rank's tokens of all key heads; one that several ranks had is a sum over them, rounded once."""
         dtype = call.q.dtype
         parts = self.scatter(mail, d if self.replicated else d.astype(dtype), self.keys, True, tag)
-        whole = np.zeros((*parts[0].shape[:2], call.k.shape[2], d.shape[3]), parts[0].dtype)
+        whole = mail.xp.zeros((*parts[0].shape[:2], call.k.shape[2], d.shape[3]), parts[0].dtype)
         for cut, piece in zip(self.cuts, parts, strict=True):
             whole[:, :, cut.kv_begin : cut.kv_end] += piece
         return whole.astype(dtype, copy=False)
@@ -295,7 +297,7 @@ def _all_to_all(
     peers = [(me + step) % group.size for step in range(1, group.size)]
     receipts = {source: mail.receive(shapes[source], dtype, source, number) for source in reversed(peers)}
     for peer in peers:
-        mail.send(np.ascontiguousarray(outgoing[peer]), peer, number, 0)
+        mail.send(mail.xp.ascontiguousarray(outgoing[peer]), peer, number, 0)
     put(me, outgoing[me])
     for source, receipt in receipts.items():
         mail.wait([receipt])
@@ -309,17 +311,17 @@ def _forward(operation: str, places: _Places, q: Array, k: Array, v: Array, give
     call = AttentionCall(operation, places.everyone, q, k, v, keywords)
     share_cores(call.grid)
     exchange = _Exchange(places, call)
-    with mailbox(exchange.group, call.what, np) as mail:
+    with mailbox(exchange.group, call.what, call.xp) as mail:
         part = exchange.part(call, mail)
-    inner = np.empty((*part.q.shape[:-1], call.v.shape[-1]), q.dtype)
+    inner = call.xp.empty((*part.q.shape[:-1], call.v.shape[-1]), q.dtype)
     if part.q.shape[2]:
-        with mailbox(part.group, part.what, np) as mail:
+        with mailbox(part.group, part.what, call.xp) as mail:
             lse = forward(part, mail, inner)
     else:  # no heads for this rank, nor for any of its ring
-        lse = np.empty((part.q.shape[0], 0, part.q.shape[1]), sum_type(q.dtype))
-    with mailbox(exchange.group, call.what, np) as mail:
-        out = np.concatenate(exchange.scatter(mail, inner, exchange.queries, False, "A"), axis=2)
-        lse_out = np.concatenate(exchange.scatter(mail, lse, exchange.queries, False, "B", axis=2), axis=1)
+        lse = call.xp.empty((part.q.shape[0], 0, part.q.shape[1]), sum_type(q.dtype))
+    with mailbox(exchange.group, call.what, call.xp) as mail:
+        out = call.xp.concatenate(exchange.scatter(mail, inner, exchange.queries, False, "A"), axis=2)
+        lse_out = call.xp.concatenate(exchange.scatter(mail, lse, exchange.queries, False, "B", axis=2), axis=1)
     if call.packed:
         out, lse_out = out[0], lse_out[0]
     return (out, lse_out) if return_lse else out
@@ -344,28 +346,28 @@ def _backward(
     exchange = _Exchange(places, call)
 
     queries = exchange.queries
-    with mailbox(exchange.group, call.what, np) as mail:
+    with mailbox(exchange.group, call.what, call.xp) as mail:
         part = exchange.part(call, mail)
         do_heads = exchange.gather(mail, do, queries, False, "A")
         lse_heads = exchange.gather(mail, lse, queries, False, "B", axis=2)
         delta_heads = exchange.gather(mail, delta, queries, False, "C", axis=2)
     if part.q.shape[2]:
-        with mailbox(part.group, part.what, np) as mail:
+        with mailbox(part.group, part.what, call.xp) as mail:
             dq, dk, dv = backward(part, mail, do_heads, lse_heads, delta_heads)
     else:
-        dq, dk, dv = (np.zeros(x.shape, lse.dtype) for x in (part.q, part.k, part.v))
+        dq, dk, dv = (call.xp.zeros(x.shape, lse.dtype) for x in (part.q, part.k, part.v))
     if exchange.expanded:
         dk, dv = (_unrepeat(d, exchange.readers, exchange.mine.kv_end - exchange.mine.kv_begin) for d in (dk, dv))
 
-    with mailbox(exchange.group, call.what, np) as mail:
-        dq = np.concatenate(exchange.scatter(mail, dq.astype(q.dtype), queries, False, "A"), axis=2)
+    with mailbox(exchange.group, call.what, call.xp) as mail:
+        dq = call.xp.concatenate(exchange.scatter(mail, dq.astype(q.dtype), queries, False, "A"), axis=2)
         dk, dv = (exchange.key_gradient(call, mail, d, tag) for d, tag in ((dk, "B"), (dv, "C")))
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
 
 
 def _unrepeat(d: Array, readers: list[int], kv_heads: int) -> Array:
     """The gradients of key heads from those of their repetitions."""
-    whole = np.zeros((*d.shape[:2], kv_heads, d.shape[3]), d.dtype)
+    whole = library_of(d).zeros((*d.shape[:2], kv_heads, d.shape[3]), d.dtype)
     for number, reader in enumerate(readers):
         whole[:, :, reader] += d[:, :, number]
     return whole

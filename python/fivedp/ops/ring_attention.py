@@ -21,11 +21,11 @@ ranks, for more memory and, in the backward, about twice the arithmetic.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.grid import grid_of
@@ -34,7 +34,8 @@ from fivedp.comm.messages import TAGS, Mailbox, Workspace, mailbox
 from fivedp.kernels import attention as kernel
 from fivedp.layout.ring_travel import backward_travel, forward_travel
 from fivedp.layout.sequence import Tokens
-from fivedp.ops.attention_call import AttentionCall, Part, backward_arrays
+from fivedp.ops.attention_arguments import backward_arrays
+from fivedp.ops.attention_call import AttentionCall, Part
 from fivedp.ops.matmul import share_cores
 from fivedp.ops.ring_blocks import Blocks, gather
 
@@ -65,7 +66,8 @@ def ring_attention(
     Parameters
     ----------
     q : (B, S_local, H, D), or (T_local, H, D) with `cu_seqlens`
-        This rank's queries; float32, float64 or bfloat16 (summed in float32).
+        This rank's queries, NumPy's or CuPy's; float32, float64 or bfloat16, on a GPU also float16 (both summed in
+        float32).
     k : (B, S_local, H_kv, D)
     v : (B, S_local, H_kv, Dv)
         This rank's keys and values; H is a multiple of H_kv. Their number of tokens may differ from that of q.
@@ -119,8 +121,8 @@ def ring_attention(
     }  # fmt: skip
     call = AttentionCall("ring_attention", grid_of(comm).everyone(), q, k, v, keywords)
     share_cores(call.grid)
-    out = np.empty((*call.q.shape[:-1], call.v.shape[-1]), call.q.dtype)
-    with mailbox(call.group, call.what, np) as mail:
+    out = call.xp.empty((*call.q.shape[:-1], call.v.shape[-1]), call.q.dtype)
+    with mailbox(call.group, call.what, call.xp) as mail:
         lse = forward(call.part, mail, out)
     if call.packed:
         out, lse = out[0], lse[0]
@@ -137,17 +139,7 @@ def ring_attention_backward(
     comm: Mesh | MPI.Intracomm,
     *,
     dlse: Array | None = None,
-    causal: bool = False,
-    layout: str = "zigzag",
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    cu_seqlens: Any = None,
-    cu_seqlens_k: Any = None,
-    positions: Any = None,
-    kv_positions: Any = None,
-    alibi_slopes: Any = None,
-    order: str = "ring",
+    **keywords: Any,
 ) -> tuple[Array, Array, Array]:
     """The gradients of `ring_attention`.
 
@@ -159,8 +151,10 @@ def ring_attention_backward(
         What the forward was given and gave.
     dlse : (B, H, S_local), optional
         The gradient with respect to lse.
-    comm, causal, layout, scale, window, softcap, cu_seqlens, cu_seqlens_k, positions, kv_positions, alibi_slopes, order
+    comm
         As in the forward.
+    **keywords
+        Those of the forward, with the same defaults; `return_lse` is none of them.
 
     Returns
     -------
@@ -171,25 +165,46 @@ def ring_attention_backward(
     ------
     LayoutError, ShapeError, DTypeError, PeerError
         As `ring_attention` does.
+    TypeError
+        A keyword is not known.
 
     Notes
     -----
     Collective over all ranks of `comm`.
     Keys travel or queries, whichever is fewer bytes: `explain_attention` says which.
     """
-    keywords = {
-        "causal": causal, "layout": layout, "scale": scale, "window": window, "softcap": softcap,
-        "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "positions": positions, "kv_positions": kv_positions,
-        "alibi_slopes": alibi_slopes, "order": order,
-    }  # fmt: skip
+    operation = "ring_attention_backward"
+    keywords = with_defaults(operation, keywords)
     others = backward_arrays(q, v, do, o, lse, dlse)
-    call = AttentionCall("ring_attention_backward", grid_of(comm).everyone(), q, k, v, keywords, others)
+    call = AttentionCall(operation, grid_of(comm).everyone(), q, k, v, keywords, others)
     share_cores(call.grid)
     do, lse, delta = call.rows(do, o, lse, dlse)
-    with mailbox(call.group, call.what, np) as mail:
+    with mailbox(call.group, call.what, call.xp) as mail:
         gradients = backward(call.part, mail, do, lse, delta)
     dq, dk, dv = (gradient.astype(q.dtype, copy=False) for gradient in gradients)
     return (dq[0], dk[0], dv[0]) if call.packed else (dq, dk, dv)
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ring_attention).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "return_lse"
+}
+
+
+def with_defaults(operation: str, given: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Keywords filled up with the defaults of `ring_attention`, and with `more` for this operation.
+
+    Raises
+    ------
+    TypeError
+        Where one is not known, as Python does.
+    """
+    known = _DEFAULTS | more
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}; it takes {', '.join(known)}")
+    return known | given
 
 
 def forward(part: Part, mail: Mailbox, out: Array) -> Array:
@@ -244,17 +259,17 @@ def _keys_travel(part: Part, do: Array, lse: Array, delta: Array, dq: Array, dk:
 def _queries_travel(part: Part, do: Array, lse: Array, delta: Array, dq: Array, dk: Array, dv: Array) -> _Way:
     def add(queries: Tokens, block: list[Array], gradients: list[Array]) -> None:
         (q, d_out, rows), (d_q,) = block, gradients
-        log_sum, rest = np.ascontiguousarray(rows)  # a range of them that is read in place is not
+        log_sum, rest = part.xp.ascontiguousarray(rows)  # a range of them that is read in place is not
         mask = part.mask(queries, part.keys)
         kernel.backward(d_out, q, part.k, part.v, mask, log_sum, rest, d_q, dk, dv)
 
-    arrays = {"A": (part.q, 1), "B": (do, 1), "C": (np.stack([lse, delta]), 3)}
+    arrays = {"A": (part.q, 1), "B": (do, 1), "C": (part.xp.stack([lse, delta]), 3)}
     return _Way(part.visibility.queries, arrays, {TAGS["replica"]: dq}, add)
 
 
 def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
     mine, size, sums = part.group.index, part.group.size, lse.dtype
-    dq, dk, dv = (np.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
+    dq, dk, dv = (part.xp.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
     travel = backward_travel(part.visibility, part.sizes)
     way = (_keys_travel if travel.what == "keys" else _queries_travel)(part, do, lse, delta, dq, dk, dv)
     own, home = list(way.gradients.values()), tuple(way.gradients)
@@ -297,12 +312,12 @@ def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Arra
 
 def _backward_canonical(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
     sums, tokens = lse.dtype, part.visibility
-    dq, dk, dv = (np.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
+    dq, dk, dv = (part.xp.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
     keys, (k, v) = gather(part.group, mail, {"A": (part.k, 1), "B": (part.v, 1)}, tokens.keys)
-    no_dk, no_dv = (np.zeros(x.shape, sums) for x in (k, v))
+    no_dk, no_dv = (part.xp.zeros(x.shape, sums) for x in (k, v))
     kernel.backward(do, part.q, k, v, part.mask(part.queries, keys), lse, delta, dq, no_dk, no_dv)
     arrays = {"A": (part.q, 1), "B": (do, 1), "C": (lse, 2), "replica": (delta, 2)}
     queries, (q, do, lse, delta) = gather(part.group, mail, arrays, tokens.queries)
-    no_dq = np.zeros(q.shape, sums)
+    no_dq = part.xp.zeros(q.shape, sums)
     kernel.backward(do, q, part.k, part.v, part.mask(queries, part.keys), lse, delta, no_dq, dk, dv)
     return dq, dk, dv

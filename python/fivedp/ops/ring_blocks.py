@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from fivedp.comm.grid import Group
 from fivedp.comm.messages import TAGS, Mailbox, Receipt
 from fivedp.layout.sequence import Span, Tokens, join, reading_order
@@ -125,8 +123,10 @@ def gather(
     joined = join(tokens)
     order = reading_order(joined)
     parts = [blocks.arrived(source) for source in everyone]
+    xp = mail.xp
+    place = xp.asarray(order)
     whole = [
-        np.take(np.concatenate(pieces, axis=axis), order, axis=axis)
+        xp.take(xp.concatenate(pieces, axis=axis), place, axis=axis)
         for pieces, (_, axis) in zip(zip(*parts, strict=True), arrays.values(), strict=True)
     ]
     for source in everyone:

@@ -11,9 +11,10 @@ from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import axes_of, grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, mailbox
-from fivedp.errors import DTypeError, LayoutError, ShapeError
+from fivedp.errors import LayoutError, ShapeError
+from fivedp.kernels._select import library_of
 from fivedp.layout.sequence import LAYOUTS, token_indices
-from fivedp.ops.arguments import MAX_DIMENSIONS, Arguments, check_dtype, pack, unpack, verdict
+from fivedp.ops.arguments import MAX_DIMENSIONS, Arguments, array_kind, check_dtype, pack, unpack, verdict
 
 Array = Any
 
@@ -49,7 +50,8 @@ def sequence_shard(x: Array, comm: Mesh | MPI.Intracomm, axis: int = 1, layout: 
     _, sizes = axes_of(comm)
     rank = (comm.comm if isinstance(comm, Mesh) else comm).Get_rank()
     indices = token_indices(layout, x.shape[place], int(np.prod(sizes)), rank)
-    return np.take(x, indices, axis=place)
+    xp = library_of(x)
+    return xp.take(x, xp.asarray(indices), axis=place)
 
 
 def sequence_gather(
@@ -85,11 +87,10 @@ def sequence_gather(
     group = grid.everyone()
     text = f"axis={axis} layout={layout} root={root}"
     error: ValueError | None = None
-    shape, dtype, place = None, None, 0
+    shape, dtype, place, kind, xp = None, None, 0, "numpy", library_of(x_local)
     try:
         place = _check(x_local, axis, layout, name)
-        if not isinstance(x_local, np.ndarray):
-            raise DTypeError(f"{name}: the array is a {type(x_local).__name__}; expected a NumPy array")
+        kind = array_kind(x_local, "x_local", name)
         dtype = check_dtype(x_local, "a", name)
         if root is not None and not 0 <= root < group.size:
             raise LayoutError(f"{name}: root is {root}; expected a rank from 0 to {group.size - 1}")
@@ -97,7 +98,7 @@ def sequence_gather(
     except ValueError as found:
         error = found
     what = f"called {name} with {text}"
-    arguments = Arguments(name, text, (shape, None, None), (dtype, None, None), "numpy", "tree", "sum", 1.0, 0.0, error)
+    arguments = Arguments(name, text, (shape, None, None), (dtype, None, None), kind, "tree", "sum", 1.0, 0.0, error)
     headers = agreement_of(group).exchange(pack(arguments), what)
     verdict(headers, (), *group.numbering)
     shapes = [unpack(row.tobytes()).shapes[0] or () for row in headers]
@@ -109,7 +110,7 @@ def sequence_gather(
             raise ShapeError(f'{name}: the array has shape {found_shape} on rank {rank}; layout "{layout}" of {length} '
                              f"tokens gives that rank {wanted}")  # fmt: skip
     result = None
-    with mailbox(group, what, np) as mail:
+    with mailbox(group, what, xp) as mail:
         receipts = {}
         if root in (None, group.index):
             receipts = {
@@ -121,9 +122,9 @@ def sequence_gather(
                 mail.send(x_local, peer, TAGS["A"], 0)
         if root in (None, group.index):
             mail.wait(list(receipts.values()))
-            result = np.empty((*shapes[0][:place], length, *shapes[0][place + 1 :]), x_local.dtype)
+            result = xp.empty((*shapes[0][:place], length, *shapes[0][place + 1 :]), x_local.dtype)
             for source, indices in enumerate(held):
-                np.moveaxis(result, place, 0)[indices] = np.moveaxis(
+                xp.moveaxis(result, place, 0)[indices] = xp.moveaxis(
                     x_local if source == group.index else receipts[source].array, place, 0
                 )
             for receipt in receipts.values():

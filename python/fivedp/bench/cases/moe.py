@@ -277,9 +277,19 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _notes(row: Row) -> list[str]:
-    if row["wrong"] or not row["error"] > 2 * row["honest_error"] > 0:
-        return []
-    return [f"error {row['error'] / row['honest_error']:.1f} times the plain one, as sums term by term may have it"]
+    notes, price = [], row.get("canonical_price")
+    if price is not None:
+        low, high = price["spread"]
+        share, sent = round(100 * price["seconds"] / row["seconds"], 1), row["bytes"]["counted"]
+        more = f"{100 * price['bytes'] / sent:.1f}% of the bytes" if price["bytes"] else "no bytes"
+        notes.append(
+            f"canonical order: sums take {price['ratio']:.2f} times ({low:.2f}-{high:.2f}) those of slot order, "
+            f"{share + 0.0:.1f}% of the call, {more}"  # no -0.0
+        )
+    if not row["wrong"] and row["error"] > 2 * row["honest_error"] > 0:
+        times = row["error"] / row["honest_error"]
+        notes.append(f"error {times:.1f} times the plain one, as sums term by term may have it")
+    return notes
 
 
 def _heading(row: Row) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from fivedp.bench.family import Row
 from fivedp.bench.measure import Bench, digest
 from fivedp.bench.mixture import Inputs, Weights
 from fivedp.bench.moe_check import Check
+from fivedp.bench.order_price import OrdersInTurns
 from fivedp.bench.pieces import span
 from fivedp.bench.stages import Stopwatch
 from fivedp.kernels._select import sum_type
@@ -112,10 +113,15 @@ class Experts:
             self.results = (self._forward(keep=False),)
 
     def facts(self) -> Row:
-        """The stages, the load of the busiest rank over the mean, and the bytes by what they are. Collective."""
+        """The stages, the price of the order, the load of the busiest rank over the mean, the bytes by what they are.
+
+        Collective.
+        """
         loads, stages = pairs_by_rank(self.chosen, self.case.model.experts, self.bench.comm.size), self._stages()
+        price = self._order_price()
         return {
             "stages": stages,
+            "canonical_price": price,
             "pairs": loads,
             "balance": max(loads) * len(loads) / max(1, sum(loads)),
             "traffic": {name: value for name, value in self.traffic.items() if name not in ("planned", "bound")},
@@ -140,6 +146,14 @@ class Experts:
         self.bytes_planned, self.bytes_bound = self.traffic["planned"] + told, self.traffic["bound"] + told
         self._compare(self.state.plan if self.state is not None else watch.results["plan_dispatch"])
         return dict(zip(STAGES, best, strict=True))
+
+    def _order_price(self) -> Row | None:
+        """What the canonical order costs in time, and in bytes: rows back beyond one a token and owner. Collective."""
+        orders = OrdersInTurns()
+        with orders.watching():
+            self.run()
+        price = orders.price(self.bench.comm)
+        return None if price is None else price | {"bytes": self.traffic["returns"] - self.traffic["least_returns"]}
 
     def _compare(self, plan: Any) -> None:
         """Hold what the plan of the dispatch says against what follows from the choices. Collective."""
@@ -217,7 +231,8 @@ def pairs_by_rank(chosen: NDArray[np.int32], n_experts: int, ranks: int) -> list
 def traffic(chosen: NDArray[np.int32], case: Case, ranks: int, backward: bool) -> dict[str, int]:
     """Bytes of a call over all ranks, by what they are, from the experts (T, k) that all tokens chose.
 
-    "planned" is what a call is to send, "bound" the least; "deduplicated" is one way of a token once to each other rank
+    "planned" is what a call is to send, "bound" the least; "returns" are the rows on their way back, which are
+    "least_returns" where an owner sends one for a token. "deduplicated" is one way of a token once to each other rank
     that has any of its experts, "naive" once for each of these experts.
     """
     width, dtype = case.model.width, operands.dtype_of(case.dtype)
@@ -237,15 +252,15 @@ def traffic(chosen: NDArray[np.int32], case: Case, ranks: int, backward: bool) -
         "pairs": sum(pairs_bytes(n, ranks, sums) for n in messages),
         "rows": rows * width * dtype.itemsize,
         "returns": returns * width * sums.itemsize,
+        "least_returns": rows * width * sums.itemsize,
         "scalars": n_pairs * sums.itemsize if backward else 0,
         "router": 0,
         "deduplicated": rows * width * dtype.itemsize,
         "naive": n_pairs * width * dtype.itemsize,
     }
-    least_back = rows * width * sums.itemsize
     if not backward:
         found["planned"] = found["pairs"] + found["rows"] + found["returns"]
-        found["bound"] = found["rows"] + least_back + n_pairs * pair_type(sums).itemsize
+        found["bound"] = found["rows"] + found["least_returns"] + n_pairs * pair_type(sums).itemsize
         return found
     plan = plan_for(
         "h t/ep, t/ep e -> h e", [(width, case.tokens), (case.tokens, case.model.experts)], {"ep": ranks},
@@ -253,5 +268,5 @@ def traffic(chosen: NDArray[np.int32], case: Case, ranks: int, backward: bool) -
     )  # fmt: skip
     found["router"] = plan.bytes_total  # its least is the business of the products
     found["planned"] = 2 * found["rows"] + found["returns"] + found["scalars"] + plan.bytes_total
-    found["bound"] = 2 * found["rows"] + least_back + found["scalars"] + plan.bytes_total
+    found["bound"] = 2 * found["rows"] + found["least_returns"] + found["scalars"] + plan.bytes_total
     return found

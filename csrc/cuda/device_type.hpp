@@ -1,0 +1,15 @@
+// Element types of device arrays and the stream of a call, for code that is compiled without CUDA's headers.
+#pragma once
+
+namespace fivedp {
+
+enum class DeviceType : int { f32, f64, bf16, f16 };
+
+constexpr int element_bytes(DeviceType type) {
+    return type == DeviceType::f64 ? 8 : type == DeviceType::f32 ? 4 : 2;
+}
+
+// A cudaStream_t.
+using Stream = void*;
+
+}  // namespace fivedp

@@ -1,0 +1,64 @@
+"""The extension with the CUDA kernels, and what its functions take."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import numpy as np
+
+from fivedp.kernels._select import raw
+
+__all__ = ["empty_like", "extension", "is_built", "optional_raw", "raw", "stream_of"]
+
+
+@functools.cache
+def extension() -> Any:
+    """`fivedp._cuda`.
+
+    Raises
+    ------
+    ImportError
+        Where it was not built, or no driver is there; says what to do.
+    """
+    try:
+        return importlib.import_module("fivedp._cuda")
+    except ImportError as missing:
+        raise ImportError(
+            f"fivedp._cuda can't be loaded ({missing}): install fivedp where nvcc is on PATH, "
+            "or with --config-settings=cmake.define.FIVEDP_CUDA=ON to see why it is not built"
+        ) from missing
+
+
+@functools.cache
+def is_built() -> bool:
+    """Whether `fivedp._cuda` can be loaded here."""
+    try:
+        extension()
+    except ImportError:
+        return False
+    return True
+
+
+def stream_of(array: Any) -> int:
+    """The current stream of the array's device; 0 for a NumPy array, which only the emulated GPU takes."""
+    if isinstance(array, np.ndarray):
+        return 0
+    import cupy
+
+    return int(cupy.cuda.get_current_stream(array.device.id).ptr)
+
+
+def optional_raw(array: Any, who: str) -> Any:
+    """`raw` of an argument that may be None."""
+    return None if array is None else raw(array, who)
+
+
+def empty_like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array beside `array`, in the memory of its device."""
+    if isinstance(array, np.ndarray):
+        return np.empty(shape, dtype)
+    import cupy
+
+    return cupy.empty(shape, dtype)
