@@ -18,6 +18,7 @@ from mpi_experts import (
     BFLOAT16,
     ULPS,
     assert_as_exact,
+    assert_at_the_bound,
     collected,
     cut_tokens,
     dirty_memory,
@@ -129,7 +130,7 @@ class Case:
     def bill(self, plan: Any, rank: int) -> dict[str, int]:
         """The bytes that each call may send, from the plan."""
         bytes_of = plan.bytes_sent()
-        assert bytes_of["rows"] == bytes_of["bound"]
+        assert_at_the_bound(plan)
         pairs = sum(len(places) for source, places in enumerate(plan.incoming.positions) if source != rank)
         return {
             "dispatch": bytes_of["pairs"] + bytes_of["rows"],

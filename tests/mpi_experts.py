@@ -11,9 +11,10 @@ an element is nought by chance.
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,10 @@ from mpi4py import MPI
 
 import fivedp
 from fivedp.comm import shared_window
+from fivedp.comm.grid import grid_of
 from fivedp.layout import dispatch as layout_of_dispatch
 from fivedp.ops import arriving_rows
+from fivedp.ops.dispatch_plan import DispatchPlan
 from fivedp.ops.expert_layer import ExpertGradients, ExpertLayerState
 from fivedp.ops.routing import Routing
 from fivedp.ops.shared_experts import SharedExperts
@@ -89,6 +92,24 @@ def window_from(n_bytes: int) -> Iterator[None]:
     """Read boxes of `n_bytes` and more where they lie, on ranks that share memory."""
     with mock.patch.object(shared_window, "MIN_BYTES", n_bytes):
         yield
+
+
+def on_nodes(comm: MPI.Intracomm, nodes: Sequence[int], link: str = "1e-9") -> MPI.Intracomm:
+    """The same ranks, as if each were on the node that is given for it, with a link of so many GB/s between nodes."""
+    setting = {"FIVEDP_NODE": f"node {nodes[comm.rank]}", "FIVEDP_LINK": link}
+    with mock.patch.dict(os.environ, setting):
+        apart = comm.Dup()
+        grid_of(apart)  # reads the setting
+    return apart
+
+
+def assert_at_the_bound(plan: DispatchPlan) -> None:
+    """Rows go to every rank once, or cross to every node once, whichever way the plan took."""
+    bill = plan.bytes_sent()
+    if plan.relay is None:
+        assert bill["rows"] == bill["bound"]
+    else:
+        assert bill["rows_between"] == bill["bound_between"]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fivedp.errors import DTypeError, LayoutError, MeshError, PeerError, ShapeError, TransportError
     from fivedp.layout.explain import explain
     from fivedp.layout.explain_attention import explain_attention
+    from fivedp.layout.explain_experts import explain_experts
     from fivedp.ops.decode_attention import decode_attention
     from fivedp.ops.expert_dispatch import (
         ExpertBatch,
@@ -51,6 +52,7 @@ _HOMES = {
     "fivedp.errors": ("DTypeError", "LayoutError", "MeshError", "PeerError", "ShapeError", "TransportError"),
     "fivedp.layout.explain": ("explain",),
     "fivedp.layout.explain_attention": ("explain_attention",),
+    "fivedp.layout.explain_experts": ("explain_experts",),
     "fivedp.ops.decode_attention": ("decode_attention",),
     "fivedp.ops.expert_dispatch": (
         "ExpertBatch",
@@ -101,6 +103,7 @@ __all__ = [
     "expert_layer_backward",
     "explain",
     "explain_attention",
+    "explain_experts",
     "gather",
     "grouped_matmul",
     "grouped_matmul_backward",

@@ -67,6 +67,9 @@ def test_example_runs(example: Path, n_ranks: int) -> None:
         assert "equal to a @ b: True" in done.stdout
     if example.stem in ("ring_attention", "expert_layer") and n_ranks == 4:
         assert done.stdout.strip() in (ROOT / "README.md").read_text()
+    if example.stem == "expert_nodes" and n_ranks == 4:
+        done = run_mpi(8, example, timeout=90)
+        assert done.stdout.strip() in (ROOT / "docs/expert_parallelism.md").read_text()
     if example.stem in ("expert_layer", "shared_experts"):
         assert "False" not in done.stdout
     if example.parent.name == "labs":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,12 @@ import pytest
 import fivedp
 from fivedp.kernels._select import sum_type
 from fivedp.layout.dispatch import Incoming, Outgoing, owners_to_help
-from fivedp.layout.experts import cut_experts, subtrees
+from fivedp.layout.experts import cut_experts, subtrees, uniform_subtrees
+from fivedp.layout.hot_experts import replicas
+from fivedp.layout.nodes import PER_NODE, Network, Nodes, cheapest, row_ways
+from fivedp.layout.relay import Relay
 from fivedp.layout.shares import share
-from fivedp.ops.expert_dispatch import DispatchPlan
+from fivedp.ops.dispatch_plan import DispatchPlan
 from mpi_launcher import run_mpi
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +41,7 @@ def cells(row: str) -> list[str]:
 
 def value(formula: str, given: Symbols) -> float:
     """A formula of the card, with the card's own definitions."""
-    symbols: Symbols = {"min": min, "max": max, "sum": sum, "comb": comb, **given}
+    symbols: Symbols = {"min": min, "max": max, "sum": sum, "comb": comb, "N": 1, **given}
     if "P" in given:
         exec(DEFINITIONS, symbols)
     return float(eval(formula, symbols))
@@ -76,18 +80,30 @@ def steps(tables: Tables, symbols: Symbols, me: int) -> dict[str, float]:
     return sent
 
 
-def plans(tables: Tables, E: int, H: int, dtype: Any, wire: str) -> list[DispatchPlan]:
-    """What every rank would decide, without messages."""
+def plans(tables: Tables, E: int, H: int, dtype: Any, wire: str, nodes: Nodes | None = None) -> list[DispatchPlan]:
+    """What every rank would decide, without messages; over nodes, that rows cross once per node."""
     P, sums = len(tables), sum_type(dtype)
     cut = cut_experts(E, P)
     outgoing = [Outgoing(t, np.ones(t.shape, sums), cut, rank) for rank, t in enumerate(tables)]
+    if nodes is not None:
+        outgoing = [out.through_gateways(nodes) for out in outgoing]
+    incoming = [Incoming([out.pairs_for(rank) for out in outgoing], cut, rank) for rank in range(P)]
+    relays: list[Relay | None] = [None] * P
+    if nodes is not None:
+        crossing = np.array(
+            [[sum(len(out.rows[rank]) for rank in members) for members in nodes.members] for out in outgoing]
+        )
+        at_work = [Relay(nodes, each, crossing) for each in incoming]
+        for rank, relay in enumerate(at_work):
+            relay.hear({mate: at_work[mate].needs(rank) for mate in nodes.members[nodes.of[rank]]})
+        relays = [*at_work]
     found = []
     for rank in range(P):
-        incoming = Incoming([out.pairs[out.of_owner[rank]] for out in outgoing], cut, rank)
-        group: Any = SimpleNamespace(size=P, index=rank)
+        group: Any = SimpleNamespace(size=P, index=rank, node_of=nodes.of if nodes else (0,) * P, cache={})
         shape = tables[rank].shape
         n_tokens = tuple(map(len, tables))
-        found.append(DispatchPlan(group, cut, outgoing[rank], incoming, n_tokens, (), H, shape, dtype, wire))
+        plan = DispatchPlan(group, cut, outgoing[rank], incoming[rank], n_tokens, (), H, shape, dtype, wire)
+        found.append(replace(plan, relay=relays[rank]))
     return found
 
 
@@ -106,6 +122,121 @@ def test_bytes_of_a_plan(dtype: Any, wire: str, seed: int) -> None:
             for step in ("pairs", "rows", "returns"):
                 assert planned[step] == wanted[step], (P, E, k, rank, step)
             assert planned["bound"] == planned["rows"] <= wanted["naive"]
+
+
+@pytest.mark.parametrize("wire", ["same", "bfloat16"])
+def test_bytes_of_a_plan_over_nodes(wire: str, seed: int) -> None:
+    rng, H, size, crossed = np.random.default_rng(seed), 24, 2 if wire == "bfloat16" else 4, 0.0
+    maps = ((0, 0, 1, 1), (0, 0, 0, 1, 1), (0, 1, 0, 1, 2, 2))
+    for node_of, (E, k) in itertools.product(maps, ((8, 2), (60, 8), (5, 5))):
+        nodes, P = Nodes(node_of), len(node_of)
+        tables = draw(rng, rng.integers(0, 60, P).tolist(), E, k)
+        symbols = {"P": P, "N": nodes.count, "E": E, "k": k, "H": H, "e": 4, "s": 4, "w": size, "v": size}
+        labels = np.array(node_of)[cut_experts(E, P).owner].tolist()
+        of_node: list[list[Any]] = [[] for _ in nodes.members]
+        for part in uniform_subtrees(labels):
+            of_node[labels[part[0]]].append(part)
+        for me, plan in enumerate(plans(tables, E, H, np.dtype(np.float32), wire, nodes)):
+            wanted = steps_over_nodes(tables, symbols, me, nodes, of_node)
+            planned = plan.bytes_sent()
+            assert {name: planned[name] for name in wanted} == wanted, (node_of, E, k, me)
+            assert planned["bound_between"] == planned["rows_between"]
+            crossed += planned["rows_between"]
+    assert crossed
+
+
+def steps_over_nodes(
+    tables: Tables, symbols: Symbols, me: int, nodes: Nodes, of_node: list[list[Any]]
+) -> dict[str, float]:
+    """Bytes of every step that rank `me` sends, by the card, where rows cross once per node.
+
+    `of_node` has the largest subtrees within the experts of every node.
+    """
+    E, P, here = symbols["E"], symbols["P"], nodes.of[me]
+
+    def touched(ranks: list[int], parts: list[Any]) -> int:
+        """Of the tokens of ranks and of some ranges of experts, those that belong together."""
+        return sum(touches(row, part) for s in ranks for row in tables[s] for part in parts)
+
+    def once(step: str, **counts: int) -> float:
+        return value(cells(step)[0], symbols | counts)
+
+    mine = share(E, P, me)
+    parts = subtrees(E, mine)
+    served = nodes.served(me)
+    sent = {"pairs": steps(tables, symbols, me)["pairs"], "rows": 0.0, "returns": 0.0}
+    for mate in set(nodes.members[here]) - {me}:
+        theirs, by_mate = [share(E, P, mate)], nodes.served(mate)
+        pairs = sum(mine[0] <= e < mine[1] for s in by_mate for row in tables[s] for e in row)
+        sent["pairs"] += once("needs, to a gateway of one's own node", n=pairs)
+        sent["rows"] += once("rows", r=touched([me], theirs))
+        sent["rows"] += once("rows passed on, to a rank of one's own node", r=touched(served, theirs))
+        sent["returns"] += once("returns", b=touched([mate], parts))
+        sent["returns"] += once("sums, to a gateway of one's own node", b=touched(by_mate, parts))
+    sent["rows_between"] = sent["returns_between"] = 0.0
+    for other in set(range(nodes.count)) - {here}:
+        theirs = [share(E, P, rank) for rank in nodes.members[other]]
+        tokens = sum(any(touches(row, experts) for experts in theirs) for row in tables[me])
+        sent["rows_between"] += once("rows, to the gateway of a node", r=tokens)
+    for rank in served:
+        sent["returns_between"] += once("sums of the node, to a rank served here", b=touched([rank], of_node[here]))
+    for way in ("rows", "returns"):
+        sent[way] += sent[f"{way}_between"]
+    return sent
+
+
+def touches(row: Any, experts: tuple[int, int]) -> bool:
+    """Whether a token has any of a range of experts."""
+    return any(experts[0] <= e < experts[1] for e in row)
+
+
+def test_price_of_the_ways_between_nodes(seed: int) -> None:
+    rng, nodes = np.random.default_rng(seed), Nodes((0, 0, 0, 1, 1, 2))
+    (rule,) = re.findall(r"Once per node is taken where\n`(.*?)`", CARD)
+    (more,) = re.findall(r"shares no memory, `(.*?)` is added", CARD)
+    answers = set()
+    for _ in range(200):
+        H, w, v, in_place = int(rng.integers(1, 9000)), 2, 4, bool(rng.integers(2))
+        per_rank = rng.integers(0, 10 ** int(rng.integers(1, 5)), (6, 3))
+        for rank, node in enumerate(nodes.of):
+            per_rank[rank, node] = 0
+        per_node = (per_rank * rng.random(per_rank.shape)).astype(np.int64)
+        link = 10 ** rng.uniform(8, 11)
+        busiest = []
+        for counts in (per_rank, per_node):
+            leaving = [counts[members].sum() for members in nodes.members]
+            busiest.append(max(*leaving, *counts.sum(axis=0)))
+        inside = []
+        for gateway, node in enumerate(nodes.of):
+            served = nodes.served(gateway)
+            i, o = int(per_rank[served, node].sum()), int(per_node[served, node].sum())
+            inside.append(((i + o) * v + (0 if in_place else i * w), i, o))
+        _, i, o = max(inside)
+        symbols = {"a": busiest[0], "b": busiest[1], "i": i, "o": o, "H": H, "w": w, "v": v, "link": link}
+        symbols |= {"copy": 2.5e9, "hop": 30e-6}
+        right = rule if in_place else f"{rule} + {more}"
+        ways = row_ways(nodes, per_rank, per_node, H * w, H * v, Network(link=link), in_place=in_place)
+        answer = cheapest(ways).name == PER_NODE
+        assert bool(value(right, symbols)) == answer
+        answers.add(answer)
+    assert answers == {True, False}
+
+
+def test_price_of_a_copy_of_a_hot_expert(seed: int) -> None:
+    rng, nodes = np.random.default_rng(seed), Nodes((0, 0, 1, 1, 1))
+    (forward,) = re.findall(r"pay forward where `(.*?)`", CARD)
+    (backward,) = re.findall(r"and backward where\n`(.*?)`", CARD)
+    answers = set()
+    for _ in range(100):
+        H, F, e, link = 256, 512, int(rng.choice([2, 4])), 10 ** rng.uniform(6, 10)
+        loads = rng.integers(0, 10 ** int(rng.integers(2, 6)), 10).tolist()
+        for rule, back in ((forward, False), (backward, True)):
+            for copy in replicas(loads, cut_experts(10, 5), nodes, H, F, e, Network(link=link), backward=back):
+                symbols = {"n": copy.rows, "H": H, "F": F, "e": e, "link": link, "flops": 100e9}
+                symbols["G"] = len(nodes.members[copy.owner])
+                assert bool(value(rule, symbols)) == copy.pays
+                answers.add((back, copy.pays))
+    assert len(answers) == 4
 
 
 def test_expected_bytes(seed: int) -> None:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from fivedp.layout.dispatch import Incoming, Outgoing, SumTable, pair_type
 from fivedp.layout.experts import ExpertCut, cut_experts
+from fivedp.layout.nodes import Nodes
+from fivedp.layout.relay import Relay
 
 Array = Any
 EXAMPLES = settings(max_examples=60)
@@ -185,7 +187,7 @@ def test_sums_are_those_of_one_rank_to_the_last_bracket(world: World, weighted: 
         arrays = {0: rows[rank]}
         for owner in world.ranks:
             if owner != rank:
-                table = world.incoming[owner].sums(rank, weighted)
+                table = world.incoming[owner].sums([rank], weighted)
                 assert len(table.starts) == 1 + out.n_returns[owner]
                 arrays[1 + owner] = carried_out(table, {0: rows[owner]}, n_experts)
         table = out.sums(world.incoming[rank].positions[rank], weighted)
@@ -199,6 +201,139 @@ def test_sums_are_those_of_one_rank_to_the_last_bracket(world: World, weighted: 
                 for expert, slot in world.chosen(rank, token).items()
             }
             assert found[token] == added(leaves, 0, n_experts)
+
+
+def parts_of(node_of_expert: list[int], node: int, begin: int, end: int) -> list[range]:
+    """The largest subtrees within the experts of a node."""
+    experts = range(begin, end)
+    if all(node_of_expert[expert] == node for expert in experts):
+        return [experts]
+    if end - begin < 2:
+        return []
+    half = begin + (end - begin + 1) // 2
+    return parts_of(node_of_expert, node, begin, half) + parts_of(node_of_expert, node, half, end)
+
+
+class NodeWorld:
+    """What all ranks of a world make of its nodes."""
+
+    def __init__(self, world: World, nodes: Nodes) -> None:
+        self.nodes, self.ranks = nodes, world.ranks
+        self.views = [out.through_gateways(nodes) for out in world.outgoing]
+        self.incoming = [
+            Incoming([view.pairs_for(owner) for view in self.views], world.cut, owner) for owner in self.ranks
+        ]
+        self.crossing = np.zeros((world.cut.n_ranks, nodes.count), np.int64)
+        for rank, view in enumerate(self.views):
+            for node in set(range(nodes.count)) - {nodes.of[rank]}:
+                self.crossing[rank, node] = len(view.rows[nodes.gateway(rank, node)])
+        self.relays = [Relay(nodes, incoming, self.crossing) for incoming in self.incoming]
+        for gateway, relay in enumerate(self.relays):
+            relay.hear({mate: self.relays[mate].needs(gateway) for mate in self.mates(gateway)})
+
+    def mates(self, rank: int) -> list[int]:
+        """The ranks of a rank's node."""
+        return self.nodes.members[self.nodes.of[rank]]
+
+
+def node_maps(world: World) -> st.SearchStrategy[Nodes]:
+    """Ranks on up to four nodes, which need not be neighbours."""
+    n = world.cut.n_ranks
+    return st.lists(st.integers(0, 3), min_size=n, max_size=n).map(Nodes.named)
+
+
+@EXAMPLES
+@given(data=st.data(), world=worlds())
+def test_a_token_crosses_to_a_node_once(data: Any, world: World) -> None:
+    there = NodeWorld(world, nodes := data.draw(node_maps(world)))
+    node_of_expert = [nodes.of[owner] for owner in world.cut.owner.tolist()]
+    for rank, view in enumerate(there.views):
+        for node, members in enumerate(nodes.members):
+            if node == nodes.of[rank]:
+                assert [view.rows[m].tolist() for m in members] == [
+                    world.outgoing[rank].rows[m].tolist() for m in members
+                ]
+                continue
+            pairs = [(t, e) for t in world.tokens(rank) for e in world.chosen(rank, t) if node_of_expert[e] == node]
+            gateway = nodes.gateway(rank, node)
+            assert gateway in members
+            parts = parts_of(node_of_expert, node, 0, world.cut.n_experts)
+            for member in members:
+                takes_in = member == gateway
+                assert view.rows[member].tolist() == (sorted({t for t, _ in pairs}) if takes_in else [])
+                back = {(t, next(i for i, part in enumerate(parts) if e in part)) for t, e in pairs}
+                assert view.n_returns[member] == (len(back) if takes_in else 0)
+
+
+@EXAMPLES
+@given(data=st.data(), world=worlds())
+def test_owners_find_their_rows_in_the_boxes_of_gateways(data: Any, world: World) -> None:
+    there = NodeWorld(world, nodes := data.draw(node_maps(world)))
+    boxes = [
+        [(source, token) for source in nodes.served(gateway) for token in there.views[source].rows[gateway].tolist()]
+        for gateway in there.ranks
+    ]
+    for rank, relay in enumerate(there.relays):
+        incoming, mates = there.incoming[rank], there.mates(rank)
+        # Some arrays are read in place, of others the rows that are needed have come as a message.
+        near, far = (np.array(data.draw(st.lists(st.booleans(), min_size=len(there.ranks), max_size=len(there.ranks))))
+                     for _ in range(2))  # fmt: skip
+        near[rank] = far[rank] = True
+        arrays: list[list[Any]] = [[]] * (2 * len(there.ranks))
+        for mate in mates:
+            rows = world.tokens(mate) if near[mate] else there.views[mate].rows[rank].tolist()
+            arrays[mate] = [(mate, token) for token in rows]
+            box, passed = boxes[mate], there.relays[mate].passes_on.get(rank)
+            arrays[len(there.ranks) + mate] = box if far[mate] else [box[i] for i in passed.tolist()]
+            assert relay.n_needed[mate] == (len(passed) if passed is not None else len({*relay.needs(mate)["row"]}))
+            assert relay.box_borders[mate][-1] == len(box)
+        index = np.where(near[incoming.source], incoming.token, incoming.row)
+        source, index = relay.places(incoming.source, index, far)
+        assert source.dtype == index.dtype == np.int32
+        right = world.incoming[rank]
+        found = [arrays[s][i] for s, i in zip(source.tolist(), index.tolist(), strict=True)]
+        assert found == [*zip(right.source.tolist(), right.token.tolist(), strict=True)]
+
+
+@EXAMPLES
+@pytest.mark.parametrize("weighted", [True, False])
+@given(data=st.data(), world=worlds())
+def test_sums_of_a_node_are_those_of_one_rank_to_the_last_bracket(data: Any, world: World, weighted: bool) -> None:
+    there = NodeWorld(world, nodes := data.draw(node_maps(world)))
+    n_experts = world.cut.n_experts
+    rows = []
+    for owner, incoming in enumerate(world.incoming):
+        experts = np.repeat(np.arange(*world.cut.of(owner)), incoming.counts).tolist()
+        rows.append([*zip(experts, incoming.source.tolist(), incoming.token.tolist(), strict=True)])
+    home: list[dict[int, list[Any]]] = [{0: rows[rank]} for rank in there.ranks]
+    for gateway, relay in enumerate(there.relays):
+        for mate in relay.mates:
+            table = there.incoming[gateway].sums([mate], weighted)
+            home[mate][1 + gateway] = carried_out(table, {0: rows[gateway]}, n_experts)
+        if not (served := nodes.served(gateway)):
+            continue
+        arrays = {0: rows[gateway]}
+        for mate in relay.mates:
+            table = there.incoming[mate].sums(served, weighted)
+            assert len(table.starts) - 1 == relay.n_sums_from(mate) == there.relays[mate].n_sums(gateway)
+            arrays[1 + mate] = carried_out(table, {0: rows[mate]}, n_experts)
+        sums, borders = carried_out(relay.sums(weighted), arrays, n_experts), relay.sum_borders
+        assert len(sums) == borders[-1]
+        for place, rank in enumerate(served):
+            home[rank][1 + gateway] = sums[borders[place] : borders[place + 1]]
+            assert len(home[rank][1 + gateway]) == there.views[rank].n_returns[gateway]
+    for rank, view in enumerate(there.views):
+        found = carried_out(view.sums(there.incoming[rank].positions[rank], weighted), home[rank], n_experts)
+        alone = world.outgoing[rank]
+        for token in world.tokens(rank):
+            leaves = {
+                expert: (float(world.weights[rank][token, slot]), (expert, rank, token))
+                if weighted
+                else (expert, rank, token)
+                for expert, slot in world.chosen(rank, token).items()
+            }
+            assert found[token] == added(leaves, 0, n_experts)
+        assert [out.tolist() for out in alone.of_owner] == [out.tolist() for out in view.of_owner]
 
 
 def test_tables_of_a_dispatch_by_hand() -> None:

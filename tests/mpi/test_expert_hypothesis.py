@@ -7,6 +7,7 @@ above the test. Arrays come from its seed. One rank, another each time, gathers 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,18 @@ from fivedp import SharedExperts
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
 from fivedp.kernels.experts import ACTIVATIONS
-from mpi_experts import LYING, Case, collected, draw_case, matrices, taken_apart_from, window_from, work_is_shared
+from mpi_experts import (
+    LYING,
+    Case,
+    assert_at_the_bound,
+    collected,
+    draw_case,
+    matrices,
+    on_nodes,
+    taken_apart_from,
+    window_from,
+    work_is_shared,
+)
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8)
 TIMEOUT = 400
@@ -54,6 +66,8 @@ class Drawn:
     """From how many bytes on a box is read in the shared window."""
     helped: bool
     """Whether ranks share the products of the one that has most, whatever that costs."""
+    nodes: str
+    """How ranks lie on nodes."""
     apart: bool
     """Whether rows that have come are multiplied while others travel, however few they are."""
     shared: int | None
@@ -71,6 +85,11 @@ class Drawn:
 
 # One draw a field: drawing costs every rank as much as the layer.
 ONE_OF = st.sampled_from
+NODES = {
+    "halves": lambda rank, ranks: 2 * rank // ranks,
+    "one apart": lambda rank, ranks: int(rank == 0),
+    "by turns": lambda rank, ranks: rank % 2,
+}
 SIZES = ONE_OF([*range(1, 10), *range(1, 10), 16, 17, 24])
 
 
@@ -94,11 +113,24 @@ def drawn(**fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Drawn]:
         "lies": st.tuples(*[ONE_OF(LYING)] * 6),
         "from_bytes": ONE_OF([shared_window.MIN_BYTES, 1]),
         "helped": ONE_OF([False, False, False, False, True]),
+        "nodes": ONE_OF(["one", "one", "one", *NODES]),
         "apart": st.booleans(),
         "shared": ONE_OF([None, None, None, 0, 1, 5, 16]),
         "shared_router": st.booleans(),
     }
     return st.builds(Drawn, **(fields | fixed))
+
+
+@cache
+def _on_nodes(number: int, how: str) -> MPI.Intracomm:
+    comm = MPI.Comm.f2py(number)
+    assert isinstance(comm, MPI.Intracomm)
+    return on_nodes(comm, [NODES[how](rank, comm.size) for rank in range(comm.size)])
+
+
+def placed(comm: MPI.Intracomm, how: str) -> MPI.Intracomm:
+    """The ranks on their nodes."""
+    return comm if how == "one" or comm.size == 1 else _on_nodes(comm.py2f(), how)
 
 
 def build(drawn: Drawn, ranks: int) -> Case:
@@ -121,7 +153,7 @@ def build(drawn: Drawn, ranks: int) -> Case:
 @settings(max_examples=dealt(1200, RANKS, MPI.COMM_WORLD.size))
 @given(case=drawn())
 def test_drawn_layer_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn) -> None:
-    whole = build(case, comm.size)
+    whole, comm = build(case, comm.size), placed(comm, case.nodes)
     traffic = grid_of(comm).traffic
     with window_from(case.from_bytes), work_is_shared(case.helped), taken_apart_from(0 if case.apart else 128):
         start = traffic.bytes_sent
@@ -132,7 +164,7 @@ def test_drawn_layer_is_as_exact_as_a_plain_one(comm: MPI.Intracomm, case: Drawn
         bill = state.plan.bytes_sent()
         pairs = sum(len(places) for r, places in enumerate(state.plan.incoming.positions) if r != comm.rank)
         there_and_back = bill["pairs"] + 3 * bill["rows"] + 2 * bill["returns"] + pairs * state.plan.sums.itemsize
-        assert bill["rows"] == bill["bound"]
+        assert_at_the_bound(state.plan)
         assert sent == there_and_back
     everything = whole.collected(results, state, comm, case.seed % comm.size)
     if everything is not None:
@@ -150,7 +182,7 @@ def test_drawn_dispatch_is_as_exact_as_its_definition(comm: MPI.Intracomm, case:
         widened=widened,
     )  # fmt: skip
     with window_from(case.from_bytes):
-        whole.judge(comm, case.seed % comm.size, case.lies[0])
+        whole.judge(placed(comm, case.nodes), case.seed % comm.size, case.lies[0])
 
 
 OPTIONS: dict[str, list[Any]] = {
@@ -168,7 +200,7 @@ OPTIONS: dict[str, list[Any]] = {
 ))  # fmt: skip
 def test_gradients_are_the_slope_of_the_forward(comm: MPI.Intracomm, case: Drawn) -> None:
     """Along a random direction, by central differences of two steps whose difference bounds what they leave out."""
-    whole = build(case, comm.size)
+    whole, comm = build(case, comm.size), placed(comm, case.nodes)
     arrays, keywords, dy = whole.arguments(comm)
     rng, same = np.random.default_rng(case.seed + comm.rank), np.random.default_rng(case.seed)
     # The router is the same on all ranks, and so is what it moves along.

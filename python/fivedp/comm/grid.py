@@ -30,6 +30,8 @@ from fivedp.errors import LayoutError
 
 _CART_NAMES = ("r", "c", "d")
 ANY_NAME = ""
+# GB/s of a link of 100 Gb/s.
+_LINK = 12.5
 
 
 class RankGrid:
@@ -46,8 +48,12 @@ class RankGrid:
         Private duplicates: payload, and notices of failure.
     traffic : Traffic
         Bytes this rank has sent.
+    node_of : list of int
+        The node of every rank, numbered by its first rank. A host is a node; `FIVEDP_NODE` names another.
     on_node : list of int
         The ranks on this node.
+    link : int
+        Bytes a second between nodes, for prices: `FIVEDP_LINK` in GB/s, the least that any rank has.
     on_these_cores : int
         How many of them may run on the same cores as this rank, itself included.
     shared : SharedWindow or None
@@ -64,7 +70,7 @@ class RankGrid:
         self.control, request = comm.Idup()
         timed_wait([request], "the duplicate of the communicator that carries notices")
         self._exchange_nodes()
-        self.traffic = Traffic(names, self.coords, self.rank)
+        self.traffic = Traffic(names, self.coords, self.rank, self.node_of)
         crowded = self.on_these_cores > len(os.sched_getaffinity(0))
         self.watchdog = Watchdog(self.control, self.pids, crowded)
         self.cache: dict[str, Any] = {}
@@ -76,17 +82,25 @@ class RankGrid:
     def _exchange_nodes(self) -> None:
         """Find out which ranks are on this node and on this rank's cores, and map their shared window."""
         cores = os.sched_getaffinity(0)
-        names = (socket.gethostname(), ",".join(map(str, sorted(cores))))
+        names = (os.environ.get("FIVEDP_NODE") or socket.gethostname(), ",".join(map(str, sorted(cores))))
         window = None
         if self.size > 1 and shared_window.wanted():
             with contextlib.suppress(OSError):
                 window = SharedWindow(self.rank)
         mine = np.array(
-            [*(zlib.crc32(n.encode()) for n in names), os.getpid(), window.number if window else -1], np.int64
+            [*(zlib.crc32(n.encode()) for n in names), os.getpid(), window.number if window else -1, _link()], np.int64
         )
         everyone = np.empty((self.size, mine.size), dtype=np.int64)
         try:
             timed_wait([self.data.Iallgather(mine, everyone)], "the process numbers of all ranks")
+            hosts = everyone[:, 0].tolist()
+            self.node_of = [sorted(set(hosts), key=hosts.index).index(host) for host in hosts]
+            self.link = int(everyone[:, 4].min())
+            if not self.link:  # on all ranks, so that none waits for another
+                rank = int(everyone[:, 4].argmin())
+                raise LayoutError(
+                    f"FIVEDP_LINK on rank {rank} is no rate; expected GB/s between nodes, such as {_LINK}"
+                )
             on_node = everyone[:, 0] == mine[0]
             self.on_node = np.flatnonzero(on_node).tolist()
             self.on_these_cores = int((on_node & (everyone[:, 1] == mine[1])).sum())
@@ -122,6 +136,15 @@ class RankGrid:
         return self.group(self.names)
 
 
+def _link() -> int:
+    """Bytes a second between nodes, by `FIVEDP_LINK`; 0 where that is no number that can be."""
+    try:
+        link = float(os.environ.get("FIVEDP_LINK", _LINK))
+    except ValueError:
+        return 0
+    return max(1, int(1e9 * link)) if 0 < link < 1e9 else 0
+
+
 def _visible(pid: int) -> bool:
     """Whether `pid` is another process that this one can watch; in another process namespace it means nothing."""
     if pid == os.getpid():
@@ -146,6 +169,8 @@ class Group:
         Ranks of the grid, with the last axis fastest.
     index : int
         This rank's place among them.
+    node_of : tuple of int
+        The node of every member.
     in_place : bool
         Whether all members share memory, so that they can read each other's boxes where they lie.
     channel : int
@@ -161,6 +186,7 @@ class Group:
         self.index = self.members.index(grid.rank)
         self.size = math.prod(self.sizes)
         self.channel = sum(1 << place for place in places)
+        self.node_of = tuple(grid.node_of[rank] for rank in self.members)
         self.in_place = grid.shared is not None and all(grid.shared.reaches(rank) for rank in self.members)
         self.cache: dict[str, Any] = {}
         places_of = dict(zip(axes, places, strict=True))

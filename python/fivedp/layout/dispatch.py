@@ -3,8 +3,8 @@
 A pair is a token and one of its experts. Pairs of a rank's tokens are numbered by token, then by expert. `Outgoing` is
 what a rank knows of its own tokens: the pairs of each owner, the rows that the owner needs (a token once, however many
 of its experts live there) and the rows that come back (one for each of the owner's subtrees that the token touches).
-`Incoming` is what an owner knows of everybody's pairs: the order of its rows (expert, source rank, source row), and the
-sums that it sends back.
+Over several nodes a gateway may take the owners' place on both ways (`layout.relay`). `Incoming` is what an owner knows
+of everybody's pairs: the order of its rows (expert, source rank, source row), and the sums that it sends back.
 
 Nothing is compared and nothing is searched: rows are placed by stable counting (NumPy's stable argsort of 16-bit
 numbers is a radix sort), so their order is that of their definition.
@@ -12,14 +12,17 @@ numbers is a radix sort), so their order is that of their definition.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fivedp.layout.experts import ExpertCut
+from fivedp.layout.nodes import Nodes, seen_from
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int32]
@@ -51,14 +54,14 @@ class SumTable:
     experts: Indices
 
 
-def _stable_order(keys: Array) -> npt.NDArray[np.int64]:
+def stable_order(keys: Array) -> npt.NDArray[np.int64]:
     """The permutation that sorts small numbers and keeps equal ones in their order."""
     small = keys.max(initial=0) < 1 << 16
     order: npt.NDArray[np.int64] = np.argsort(keys.astype(np.uint16) if small else keys, kind="stable")
     return order
 
 
-def _begins(*columns: Array) -> npt.NDArray[np.bool_]:
+def begins(*columns: Array) -> npt.NDArray[np.bool_]:
     """Where any of the columns differs from the element before; the first is True."""
     changes = np.ones(len(columns[0]), np.bool_)
     if len(columns[0]):
@@ -68,9 +71,14 @@ def _begins(*columns: Array) -> npt.NDArray[np.bool_]:
     return changes
 
 
-def _starts(begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The borders of runs, from where each begins."""
-    return np.append(np.flatnonzero(begins), len(begins)).astype(np.int64)
+def starts(first: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The borders of runs, from whether each element is the first of its run."""
+    return np.append(np.flatnonzero(first), len(first)).astype(np.int64)
+
+
+def _split(keys: Array, n: int) -> list[npt.NDArray[np.int64]]:
+    """The places of each of n keys, rising."""
+    return np.split(stable_order(keys), np.cumsum(np.bincount(keys, minlength=n))[:-1])
 
 
 class Outgoing:
@@ -93,9 +101,9 @@ class Outgoing:
     of_owner : list of int arrays
         For each owner, the numbers of its pairs.
     rows : list of int32 arrays
-        For each owner, the tokens that it needs, rising.
+        For each rank, the tokens that go there, rising: to their owners, or to the gateway of the owner's node.
     n_returns : list of int
-        For each owner, how many rows it sends back.
+        For each rank, how many rows it sends back.
     """
 
     def __init__(self, experts: Indices, weights: Array, cut: ExpertCut, rank: int) -> None:
@@ -108,25 +116,48 @@ class Outgoing:
         self.pairs["token"] = token
         self.pairs["expert"] = expert = sorted_experts[token, column]
         self.pairs["weight"] = weights[token, self.slots]
-        owner, subtree = cut.owner[expert], cut.subtree[expert]
-        by_owner = _stable_order(owner)
-        self.of_owner = np.split(by_owner, np.cumsum(np.bincount(owner, minlength=cut.n_ranks))[:-1])
+        owner = cut.owner[expert]
+        self.of_owner = _split(owner, cut.n_ranks)
+        self._beyond = np.zeros(cut.n_ranks, np.bool_)
+        self._lead(owner, cut.subtree[expert])
+
+    def through_gateways(self, nodes: Nodes) -> Outgoing:
+        """The same pairs where rows go once to every other node, and come back from there once for its subtrees."""
+        other = copy.copy(self)
+        expert = self.pairs["expert"]
+        receiver, part = seen_from(self.cut, nodes, self.rank)
+        other._beyond = np.array(nodes.of) != nodes.of[self.rank]
+        other._lead(receiver[expert], part[expert])
+        return other
+
+    def _lead(self, receiver: Array, part: Array) -> None:
+        """Send the rows of each pair to a receiver, and await one row from it for every part that a token has there."""
+        self._receiver = receiver
         self.rows: list[Indices] = []
         self.n_returns: list[int] = []
-        # The number of the row that comes back for each pair, counted for every owner alone.
-        self._returned = np.empty(len(token), np.int32)
-        self._begins = np.empty(len(token), np.bool_)
-        for numbers in self.of_owner:
+        # Counted for every receiver alone: the number of each pair's row, and of the row that comes back for it.
+        self._row, self._returned = np.empty(len(receiver), np.int32), np.empty(len(receiver), np.int32)
+        self._begins = np.empty(len(receiver), np.bool_)
+        for numbers in _split(receiver, self.cut.n_ranks):
             tokens = self.pairs["token"][numbers]
-            self.rows.append(tokens[_begins(tokens)])
-            begins = _begins(tokens, subtree[numbers])
-            self._begins[numbers] = begins
-            self._returned[numbers] = np.cumsum(begins) - 1
-            self.n_returns.append(int(np.count_nonzero(begins)))
-        self._owner = owner
+            first = begins(tokens)
+            self.rows.append(tokens[first])
+            self._row[numbers] = np.cumsum(first) - 1
+            first = begins(tokens, part[numbers])
+            self._begins[numbers] = first
+            self._returned[numbers] = np.cumsum(first) - 1
+            self.n_returns.append(int(np.count_nonzero(first)))
+
+    def pairs_for(self, owner: int) -> Array:
+        """What an owner is told. One on another node can't see the token: it is told the row's number on the way."""
+        numbers = self.of_owner[owner]
+        pairs = self.pairs[numbers]
+        if self._beyond[owner]:
+            pairs["token"] = self._row[numbers]
+        return pairs
 
     def sums(self, own_positions: Array, weighted: bool = True) -> SumTable:
-        """How a token's row is added up at home: array 0 is this rank's own rows, array 1 + s what owner s sends.
+        """How a token's row is added up at home: array 0 is this rank's own rows, array 1 + s what rank s sends.
 
         Parameters
         ----------
@@ -135,7 +166,7 @@ class Outgoing:
         weighted : bool
             Whether own rows are still to be weighted; those that come back are.
         """
-        own = self._owner == self.rank
+        own = self._receiver == self.rank
         entries = np.flatnonzero(own | self._begins)
         is_own = own[entries]
         index = self._returned[entries]
@@ -146,7 +177,7 @@ class Outgoing:
         counts = np.bincount(self.pairs["token"][entries], minlength=self.n_tokens)
         starts = np.zeros(self.n_tokens + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
-        source = np.where(is_own, 0, 1 + self._owner[entries]).astype(np.int32)
+        source = np.where(is_own, 0, 1 + self._receiver[entries]).astype(np.int32)
         return SumTable(starts, source, index, weights, np.ascontiguousarray(self.pairs["expert"][entries]))
 
 
@@ -180,10 +211,10 @@ class Incoming:
         begin, end = cut.of(rank)
         lengths = [len(p) for p in pairs]
         joined = np.concatenate(self.pairs)
-        rows = [np.cumsum(_begins(p["token"])) - 1 for p in pairs]
+        rows = [np.cumsum(begins(p["token"])) - 1 for p in pairs]
         self.n_rows = [int(r[-1]) + 1 if len(r) else 0 for r in rows]
         local = joined["expert"] - begin
-        order = _stable_order(local)
+        order = stable_order(local)
         self.counts = np.bincount(local, minlength=end - begin).astype(np.int64)
         self.offsets = np.zeros(end - begin + 1, np.int64)
         np.cumsum(self.counts, out=self.offsets[1:])
@@ -195,15 +226,21 @@ class Incoming:
         positions[order] = np.arange(len(joined), dtype=np.int32)
         self.positions = np.split(positions, np.cumsum(lengths)[:-1])
 
-    def sums(self, source: int, weighted: bool = True) -> SumTable:
-        """The rows that go back to a rank, as sums of this owner's rows (array 0)."""
-        pairs = self.pairs[source]
-        starts = _starts(_begins(pairs["token"], self.cut.subtree[pairs["expert"]]))
+    @cached_property
+    def n_sums(self) -> list[int]:
+        """How many rows go back to each rank."""
+        return [int(np.count_nonzero(begins(p["token"], self.cut.subtree[p["expert"]]))) for p in self.pairs]
+
+    def sums(self, sources: Sequence[int], weighted: bool = True) -> SumTable:
+        """The rows that go back to ranks, one rank's after another's, as sums of this owner's rows (array 0)."""
+        pairs = np.concatenate([self.pairs[source] for source in sources])
+        of_rank = np.repeat(np.arange(len(sources)), [len(self.pairs[source]) for source in sources])
+        first = begins(of_rank, pairs["token"], self.cut.subtree[pairs["expert"]])
         weights = np.ascontiguousarray(pairs["weight"]) if weighted else np.ones(len(pairs), pairs["weight"].dtype)
         return SumTable(
-            starts,
+            starts(first),
             np.zeros(len(pairs), np.int32),
-            self.positions[source],
+            np.concatenate([self.positions[source] for source in sources]),
             weights,
             np.ascontiguousarray(pairs["expert"]),
         )

@@ -9,6 +9,7 @@ them. Either way the bits are those of one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,20 +26,28 @@ def middle(begin: int, end: int) -> int:
     return begin + (end - begin + 1) // 2
 
 
-def subtrees(n_experts: int, experts: Range) -> list[Range]:
-    """The largest subtrees of the tree over [0, n_experts) that lie within a range of experts, in rising order."""
+def uniform_subtrees(labels: Sequence[int]) -> list[Range]:
+    """The largest subtrees of the tree over all experts whose experts have one label, in rising order."""
+    if not len(labels):
+        return []
+    # The number of the run of equal labels in which each expert is.
+    runs = np.cumsum(np.diff(np.asarray(labels), prepend=labels[0]) != 0).tolist()
     found: list[Range] = []
-    open_nodes = [(0, n_experts)]
+    open_nodes = [(0, len(labels))]
     while open_nodes:
         begin, end = open_nodes.pop()
-        if end <= experts[0] or experts[1] <= begin or begin == end:
-            continue
-        if experts[0] <= begin and end <= experts[1]:
+        if runs[begin] == runs[end - 1]:
             found.append((begin, end))
         else:
             half = middle(begin, end)
             open_nodes += [(half, end), (begin, half)]
     return found
+
+
+def subtrees(n_experts: int, experts: Range) -> list[Range]:
+    """The largest subtrees of the tree over [0, n_experts) that lie within a range of experts, in rising order."""
+    inside = [experts[0] <= expert < experts[1] for expert in range(n_experts)]
+    return [(begin, end) for begin, end in uniform_subtrees(inside) if inside[begin]]
 
 
 @dataclass(frozen=True)
@@ -70,13 +79,10 @@ class ExpertCut:
 def cut_experts(n_experts: int, n_ranks: int) -> ExpertCut:
     """`n_experts` over `n_ranks` by the block rule."""
     owner, subtree = np.empty(n_experts, np.int32), np.empty(n_experts, np.int32)
-    number = 0
     for rank in range(n_ranks):
-        mine = share(n_experts, n_ranks, rank)
-        owner[slice(*mine)] = rank
-        for begin, end in subtrees(n_experts, mine):
-            subtree[begin:end] = number
-            number += 1
+        owner[slice(*share(n_experts, n_ranks, rank))] = rank
+    for number, (begin, end) in enumerate(uniform_subtrees(owner.tolist())):
+        subtree[begin:end] = number
     owner.flags.writeable = subtree.flags.writeable = False
     borders = tuple(border(n_experts, n_ranks, rank) for rank in range(n_ranks + 1))
     return ExpertCut(n_experts, n_ranks, borders, owner, subtree)

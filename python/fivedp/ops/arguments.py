@@ -9,18 +9,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fivedp.comm.agreement import HEADER_BYTES
+from fivedp.comm.agreement import HEADER_BYTES, agreement_of
+from fivedp.comm.grid import Group
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.layout.shares import border, part_number
 from fivedp.layout.spec import Layout
 
 Array = Any
+Found = TypeVar("Found")
 MAX_DIMENSIONS = 6
 DTYPES = tuple(
     np.dtype(t) for t in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16, np.complex64, np.complex128)
@@ -149,6 +151,35 @@ def unpack(header: bytes) -> Arguments:
         beta=complex(numbers[2], numbers[3]),
         error=error,
     )
+
+
+def checked(check: Callable[[], Found]) -> tuple[Found | None, ValueError | None]:
+    """What a check of this rank's arguments gives, or the error that it raised: other ranks must hear of it first."""
+    try:
+        return check(), None
+    except ValueError as error:
+        return None, error
+
+
+def agree_on(
+    operation: str, group: Group, text: str, arrays: Sequence[Array | None], error: ValueError | None
+) -> tuple[str, list[Arguments]]:
+    """What this rank called, for messages, and the arguments of every member; or the exception that all raise.
+
+    For calls whose arrays have no spec: up to three arrays (None for one that is not given), with `text` for all that
+    must be the same on every rank. Of integers the type is not compared. Collective over the group.
+    """
+    shapes: list[tuple[int, ...] | None] = [None] * 3
+    dtypes: list[str | None] = [None] * 3
+    for i, array in enumerate(arrays if error is None else ()):
+        if array is not None:
+            shapes[i] = tuple(array.shape)
+            dtypes[i] = None if array.dtype.kind in "iu" else str(array.dtype)
+    what = f"called {operation} with {text}"
+    mine = Arguments(operation, text, tuple(shapes), tuple(dtypes), "numpy", "tree", "sum", 1.0, 0.0, error)
+    headers = agreement_of(group).exchange(pack(mine), what)
+    verdict(headers, (), *group.numbering)
+    return what, [unpack(row.tobytes()) for row in headers]
 
 
 def verdict(

@@ -5,7 +5,8 @@ and a product of a run writes the elements that the product of the whole group w
 sends rows as messages also waits for sums to come back, so its rows are taken first. Those that lie near (this rank's
 own, and those that it reads in place) are for the time while nothing has come yet, or while the last sums travel.
 
-When this happens is each rank's own choice: neither its messages nor its results depend on it.
+When this happens is each rank's own choice: neither its messages nor its results depend on it. Rows that came through
+gateways are taken as a whole: a gateway passes them on when it comes to read its own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def run_as_rows_come(
         Given the sources whose rows have gone through all phases, as soon as they have.
     """
     size = travel.plan.group.size
-    for sources in [list(range(size))] if work.owners else _batches(travel):
+    at_once = bool(work.owners) or travel.plan.relay is not None
+    for sources in [list(range(size))] if at_once else _batches(travel):
         if len(sources) == size:
             work.own.rows[name] = in_type(travel.rows(), travel.plan)
             for number, phase in enumerate(phases):

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, grid_of
 from fivedp.comm.mesh import TOKEN_AXES, Mesh
 from fivedp.comm.messages import TAGS, mailbox
 from fivedp.errors import ShapeError
-from fivedp.ops.arguments import Arguments, pack, unpack, verdict
+from fivedp.ops.arguments import agree_on
 
 Array = Any
 Shape = tuple[int, ...]
@@ -68,14 +67,8 @@ class BatchRanks:
         grid = grid_of(comm)
         self.group = grid.group(TOKEN_AXES) if isinstance(comm, Mesh) else grid.everyone()
         self.size, self.index = self.group.size, self.group.index
-        kinds = [None if error or array.dtype.kind in "iu" else str(array.dtype) for array in arrays.values()]
-        missing = (None,) * (3 - len(arrays))
-        header = pack(
-            Arguments(operation, text, (*shapes, *missing), (*kinds, *missing), "numpy", "tree", "sum", 1, 0, error)
-        )
-        headers = agreement_of(self.group).exchange(header, self.what)
-        verdict(headers, (), *self.group.numbering)
-        everyone = [unpack(row.tobytes()).shapes for row in headers]
+        _, others = agree_on(operation, self.group, text, list(arrays.values()), error)
+        everyone = [other.shapes for other in others]
         for i, name in enumerate(arrays):
             _check_shapes(operation, name, [shapes[i] or () for shapes in everyone], skip=int(free and i == 0))
         self.shapes = [shapes[0] or () for shapes in everyone]

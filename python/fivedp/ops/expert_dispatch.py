@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 from mpi4py import MPI
 
-from fivedp.comm.agreement import agreement_of
 from fivedp.comm.grid import Group, grid_of, resolve_axes
 from fivedp.comm.mesh import TOKEN_AXES, Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace, mailbox
@@ -28,112 +27,22 @@ from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
 from fivedp.kernels._select import sum_type
 from fivedp.kernels.experts import Rows
-from fivedp.layout.dispatch import Incoming, Outgoing, SumTable, pair_type
-from fivedp.layout.experts import ExpertCut, cut_experts
-from fivedp.ops.arguments import ARRAY_NAMES, Arguments, pack, unpack, verdict
+from fivedp.ops.arguments import ARRAY_NAMES, Arguments, agree_on, checked
+from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
 from fivedp.ops.matmul import share_cores
+from fivedp.ops.node_relay import RelayedRows, RelayedSums, add_rows
 from fivedp.ops.routing import Routing
 
 Array = Any
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 TYPES = (np.dtype(np.float32), np.dtype(np.float64), _BF16)
 WIRES = ("same", "bfloat16")
-# The first message to an owner has room for so many bytes of pairs, behind the number of pairs that this rank has for
-# every owner. Where a rank has few tokens (decoding) that is all of them, and no message is spent on counts.
-_FIRST_PAIRS_BYTES = 4080
 
 
 def group_of(comm: Mesh | MPI.Intracomm) -> Group:
     """The ranks over which experts are cut: axis ep of a mesh, all ranks of a communicator."""
     grid = grid_of(comm)
     return grid.group(("ep",)) if isinstance(comm, Mesh) else grid.everyone()
-
-
-@dataclass(frozen=True)
-class DispatchPlan:
-    """What one dispatch decided, for as many exchanges along it as one likes.
-
-    Attributes
-    ----------
-    group : Group
-    cut : ExpertCut
-    outgoing : Outgoing
-        This rank's tokens.
-    incoming : Incoming
-        This rank's experts.
-    n_tokens : tuple of int
-        Of every rank.
-    loads : tuple of int
-        The rows of every rank's experts.
-    width : int
-        H, the features of a token.
-    slots : tuple of int
-        The shape of the routing's tables, (T, k).
-    dtype : dtype
-        Of the tokens.
-    wire : {"same", "bfloat16"}
-    """
-
-    group: Group
-    cut: ExpertCut
-    outgoing: Outgoing
-    incoming: Incoming
-    n_tokens: tuple[int, ...]
-    loads: tuple[int, ...]
-    width: int
-    slots: tuple[int, ...]
-    dtype: np.dtype[Any]
-    wire: str
-
-    @property
-    def sums(self) -> np.dtype[Any]:
-        """The type of sums."""
-        return sum_type(self.dtype)
-
-    @property
-    def wire_dtype(self) -> np.dtype[Any]:
-        """The type of rows on their way to the owners."""
-        return _BF16 if self.wire == "bfloat16" else self.dtype
-
-    @property
-    def peers(self) -> list[int]:
-        """The other members, the next one first."""
-        return [(self.group.index + step) % self.group.size for step in range(1, self.group.size)]
-
-    @property
-    def n_rows(self) -> int:
-        """R: pairs of all ranks whose expert is here."""
-        return len(self.incoming.source)
-
-    def bytes_sent(self) -> dict[str, int]:
-        """Bytes that this rank sends: "pairs" and "rows" in the dispatch, "returns" in the combine.
-
-        "bound" is the least that the rows of a dispatch can be: each token once to every other rank that has one of its
-        experts.
-        """
-        out, mine = self.outgoing, self.group.index
-        rows = sum(len(out.rows[s]) for s in self.peers)
-        returns = sum(len(self.incoming.sums(r).starts) - 1 for r in self.peers)
-        back = self.wire_dtype if self.wire == "bfloat16" else self.sums
-        chosen = self.cut.owner[out.pairs["expert"]].astype(np.int64) + self.group.size * out.pairs["token"]
-        distinct = np.unique(chosen[chosen % self.group.size != mine])
-        return {
-            "pairs": sum(pairs_bytes(len(out.of_owner[s]), self.group.size, self.sums) for s in self.peers),
-            "rows": rows * self.width * self.wire_dtype.itemsize,
-            "returns": returns * self.width * back.itemsize,
-            "bound": len(distinct) * self.width * self.wire_dtype.itemsize,
-        }
-
-
-def _first_bytes(n_owners: int) -> int:
-    """Bytes of the first message to an owner."""
-    return 8 * n_owners + _FIRST_PAIRS_BYTES
-
-
-def pairs_bytes(n_pairs: int, n_owners: int, sums: Any) -> int:
-    """Bytes of the messages that carry `n_pairs` pairs to one of the owners."""
-    item = pair_type(sums).itemsize
-    return _first_bytes(n_owners) + max(0, n_pairs - _FIRST_PAIRS_BYTES // item) * item
 
 
 @dataclass(frozen=True)
@@ -168,17 +77,7 @@ def agree(
 
     `arrays` are up to three, as `ARRAY_NAMES` names them; all but their first dimension must be the same everywhere.
     """
-    shapes: list[tuple[int, ...] | None] = [None, None, None]
-    dtypes: list[str | None] = [None, None, None]
-    if error is None:
-        for i, array in enumerate(arrays):
-            if array is not None:
-                shapes[i], dtypes[i] = tuple(array.shape), str(array.dtype)
-    what = f"called {operation} with {text}"
-    mine = Arguments(operation, text, tuple(shapes), tuple(dtypes), "numpy", "tree", "sum", 1.0, 0.0, error)
-    headers = agreement_of(group).exchange(pack(mine), what)
-    verdict(headers, (), *group.numbering)
-    everyone = [unpack(row.tobytes()) for row in headers]
+    what, everyone = agree_on(operation, group, text, arrays, error)
     first = everyone[0].shapes
     for rank, other in enumerate(everyone):
         for name, shape, expected in zip(ARRAY_NAMES[operation], other.shapes, first, strict=False):
@@ -264,55 +163,6 @@ def check_routing(operation: str, routing: Any, n_tokens: int) -> None:
         raise ShapeError(f"{operation}: `routing` names an expert twice for token {int(twice.argmax())}; expected once")
 
 
-def exchange_pairs(mail: Mailbox, outgoing: Outgoing) -> tuple[list[Array], Array]:
-    """The pairs that every member has for this one's experts, and how many any member has for any: (from, to)."""
-    group, mine = mail.group, mail.group.index
-    dtype, fits = outgoing.pairs.dtype, _FIRST_PAIRS_BYTES // outgoing.pairs.dtype.itemsize
-    size, counts_bytes = _first_bytes(group.size), 8 * group.size
-    peers = [(mine + step) % group.size for step in range(1, group.size)]
-    counts = np.empty((group.size, group.size), np.int64)
-    counts[mine] = [len(numbers) for numbers in outgoing.of_owner]
-    firsts = {s: mail.receive((size,), np.uint8, s, TAGS["A"]) for s in peers}
-    for peer in peers:
-        pairs = outgoing.pairs[outgoing.of_owner[peer]]
-        first = np.zeros(size, np.uint8)
-        first[:counts_bytes] = counts[mine].view(np.uint8)
-        head = pairs[:fits].view(np.uint8)
-        first[counts_bytes : counts_bytes + len(head)] = head
-        mail.send(first, peer, TAGS["A"], 0)
-        if len(pairs) > fits:
-            mail.send(pairs[fits:], peer, TAGS["B"], 0)
-    received: list[Array] = [outgoing.pairs[outgoing.of_owner[mine]]] * group.size
-    rests = []
-    for source in peers:
-        mail.wait([firsts[source]])
-        first = firsts[source].array
-        counts[source] = first[:counts_bytes].view(np.int64)
-        count = int(counts[source, mine])
-        received[source] = np.empty(count, dtype)
-        head = received[source][:fits]
-        head.view(np.uint8)[:] = first[counts_bytes : counts_bytes + head.nbytes]
-        mail.release(firsts[source])
-        if count > fits:
-            rests.append(mail.receive((count - fits,), dtype, source, TAGS["B"], target=received[source][fits:]))
-    mail.wait(rests)
-    return received, counts
-
-
-def plan_dispatch(
-    mail: Mailbox, routing: Routing, x: Array, n_tokens: Sequence[int], wire: str, sums: Any
-) -> DispatchPlan:
-    """Tell every owner which pairs are its own. Collective over the mailbox's group."""
-    group = mail.group
-    cut = cut_experts(routing.n_experts, group.size)
-    outgoing = Outgoing(routing.experts, np.asarray(routing.weights, sums), cut, group.index)
-    pairs, counts = exchange_pairs(mail, outgoing)
-    return DispatchPlan(
-        group, cut, outgoing, Incoming(pairs, cut, group.index), tuple(n_tokens), tuple(counts.sum(axis=0).tolist()),
-        x.shape[1], tuple(routing.experts.shape), x.dtype, wire,
-    )  # fmt: skip
-
-
 class Dispatched:
     """Rows of everybody's tokens on their way to this rank's experts.
 
@@ -326,10 +176,11 @@ class Dispatched:
         self.x = np.ascontiguousarray(x).astype(plan.wire_dtype, copy=False)
         number, incoming = TAGS[tag], plan.incoming
         self._receipts: dict[int, Receipt] = {}
-        for source in plan.peers[::-1]:
+        for source in plan.direct_peers[::-1]:
             whole = (plan.n_tokens[source], plan.width)
             if incoming.n_rows[source]:
                 self._receipts[source] = mail.receive_rows(incoming.n_rows[source], whole, self.x.dtype, source, number)
+        self._relayed = None if plan.relay is None else RelayedRows(mail, plan, self.x.dtype, number)
         for peer in plan.peers:
             mail.send_rows(self.x, plan.outgoing.rows[peer], peer, number, 0)
         self._waiting = dict(self._receipts)
@@ -362,12 +213,18 @@ class Dispatched:
                 arrays[source], whole[source] = receipt.array, receipt.whole
         senders, token = incoming.source[part], incoming.token[part]
         index = token if whole.all() else np.where(whole[senders], token, incoming.row[part])
-        return Rows(arrays, senders, index)
+        if self._relayed is None or plan.relay is None:
+            return Rows(arrays, senders, index)
+        assert part == slice(None), "what comes through gateways comes as a whole"
+        boxes, whole = self._relayed.arrays()
+        return Rows(arrays + boxes, *plan.relay.places(senders, index, whole))
 
     def release(self) -> None:
         """This rank has read the rows for the last time."""
         for receipt in self._receipts.values():
             self.mail.release(receipt)
+        if self._relayed is not None:
+            self._relayed.release()
 
 
 class Returns:
@@ -381,12 +238,12 @@ class Returns:
 
     def __init__(self, mail: Mailbox, plan: DispatchPlan, *, weighted: bool) -> None:
         self.mail, self.plan, self.weighted = mail, plan, weighted
-        self._wire = _BF16 if plan.wire == "bfloat16" else plan.sums
         self._receipts = {
-            s: mail.receive((plan.outgoing.n_returns[s], plan.width), self._wire, s, TAGS["replica"])
+            s: mail.receive((plan.outgoing.n_returns[s], plan.width), plan.back_dtype, s, TAGS["replica"])
             for s in plan.peers[::-1]
             if plan.outgoing.n_returns[s]
         }
+        self._relayed = None if plan.relay is None else RelayedSums(mail, plan, weighted=weighted)
         self._spaces: list[Workspace] = []
 
     def send(self, rows: Array, peers: Iterable[int]) -> None:
@@ -396,18 +253,25 @@ class Returns:
         ----------
         rows : (R, H)
             Of this rank's experts, in the order of the plan, contiguous; of the tokens' type or that of sums.
+        peers : iterable of int
+            Where sums go through gateways, all ranks in one call.
         """
+        direct = set(self.plan.direct_peers)
         for peer in peers:
-            table = self.plan.incoming.sums(peer, self.weighted)
-            if peer != self.plan.group.index and len(table.starts) > 1:
-                space = self.mail.workspace((len(table.starts) - 1, self.plan.width), self._wire)
-                _add(table, [rows], self.plan.cut.n_experts, space.array)
+            if peer in direct and (n := self.plan.incoming.n_sums[peer]):
+                space = self.mail.workspace((n, self.plan.width), self.plan.back_dtype)
+                table = self.plan.incoming.sums([peer], self.weighted)
+                add_rows(table, [rows], self.plan.cut.n_experts, space.array)
                 self.mail.send(space.array, peer, TAGS["replica"], 0)
                 self._spaces.append(space)
+        if self._relayed is not None:
+            self._spaces += self._relayed.send(rows)
 
     def add(self, rows: Array, out: Array) -> None:
         """out (T, H): for each of this rank's tokens, the sum of its experts' rows, here and elsewhere."""
         plan, receipts = self.plan, self._receipts
+        if self._relayed is not None:
+            self._spaces += self._relayed.add(rows)
         self.mail.wait(list(receipts.values()))
         # Where rows are of 16 bits they are widened, for partial sums must not be rounded before they are added.
         kind = plan.sums if receipts else rows.dtype
@@ -415,10 +279,10 @@ class Returns:
         for source, receipt in receipts.items():
             arrays[1 + source] = receipt.array.astype(kind, copy=False)
         table = plan.outgoing.sums(plan.incoming.positions[plan.group.index], self.weighted)
-        _add(table, arrays, plan.cut.n_experts, out)
+        add_rows(table, arrays, plan.cut.n_experts, out)
         for receipt in receipts.values():
             self.mail.release(receipt)
-        self.mail.flush(0, (TAGS["replica"],))
+        self.mail.flush(0, (TAGS["replica"], TAGS["B"]))
         for space in self._spaces:
             self.mail.give_workspace(space)
 
@@ -428,15 +292,6 @@ def combine(mail: Mailbox, plan: DispatchPlan, rows: Array, out: Array, *, weigh
     returns = Returns(mail, plan, weighted=weighted)
     returns.send(rows, plan.peers)
     returns.add(rows, out)
-
-
-def _add(table: SumTable, arrays: Sequence[Array], n_experts: int, out: Array) -> None:
-    """Carry out a table; sums of float64 are rounded for a narrow wire when they are complete."""
-    rows = Rows(arrays, table.source, table.index)
-    total = np.empty(out.shape, rows.dtype) if rows.dtype == np.float64 != out.dtype else out
-    kernel.combine_rows(rows, table.starts, table.weights, table.experts, n_experts, total)
-    if total is not out:
-        out[...] = total
 
 
 def in_type(rows: Rows, plan: DispatchPlan) -> Any:
@@ -514,14 +369,15 @@ def expert_dispatch(x: Array, routing: Routing, comm: Mesh | MPI.Intracomm, *, w
     -----
     Collective over all ranks of `comm`. A row is sent once to every rank that has any of its token's experts.
     """
-    name, group, error = "expert_dispatch", group_of(comm), None
-    try:
+    name, group = "expert_dispatch", group_of(comm)
+
+    def check() -> None:
         check_rows(name, "x", x, (None, None), TYPES)
         check_routing(name, routing, len(x))
         if wire not in WIRES:
             raise LayoutError(f'{name}: wire is {wire!r}; expected "same" or "bfloat16"')
-    except ValueError as found:
-        error = found
+
+    _, error = checked(check)
     text = f"{getattr(routing, 'n_experts', 0)} experts, wire={wire}"
     what, everyone = agree(name, group, text, (x,), error)
     n_tokens = [shapes[0] for other in everyone if (shapes := other.shapes[0]) is not None]
@@ -584,12 +440,12 @@ def expert_combine_backward(dy: Array, expert_out: Array, batch: ExpertBatch) ->
     Collective over the ranks of the dispatch.
     """
     name, plan = "expert_combine_backward", batch.plan
-    error = None
-    try:
+
+    def check() -> None:
         check_rows(name, "dy", dy, (plan.outgoing.n_tokens, plan.width), (plan.dtype,))
         check_rows(name, "expert_out", expert_out, (plan.n_rows, plan.width), (plan.dtype, plan.sums))
-    except ValueError as found:
-        error = found
+
+    _, error = checked(check)
     what, _ = agree(name, plan.group, f"{plan.cut.n_experts} experts", (dy, expert_out), error)
     with mailbox(plan.group, what, np) as mail:
         travel = Dispatched(mail, plan, dy, "C")
@@ -627,11 +483,8 @@ def expert_dispatch_backward(d_tokens: Array, batch: ExpertBatch) -> Array:
 
 
 def _bring_home(operation: str, name: str, rows: Array, batch: ExpertBatch, *, weighted: bool) -> Array:
-    plan, error = batch.plan, None
-    try:
-        check_rows(operation, name, rows, (plan.n_rows, plan.width), (plan.dtype, plan.sums))
-    except ValueError as found:
-        error = found
+    plan = batch.plan
+    _, error = checked(lambda: check_rows(operation, name, rows, (plan.n_rows, plan.width), (plan.dtype, plan.sums)))
     what, _ = agree(operation, plan.group, f"{plan.cut.n_experts} experts", (rows,), error)
     out = np.empty((plan.outgoing.n_tokens, plan.width), plan.dtype)
     with mailbox(plan.group, what, np) as mail:

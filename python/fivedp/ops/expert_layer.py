@@ -29,13 +29,14 @@ from fivedp.kernels import experts as kernel
 from fivedp.kernels._select import sum_type
 from fivedp.kernels.gemm import gemm
 from fivedp.layout.shares import share
+from fivedp.ops.arguments import checked
 from fivedp.ops.arriving_rows import run_as_rows_come
 from fivedp.ops.batch_ranks import BatchRanks
+from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
 from fivedp.ops.expert_dispatch import (
     TYPES,
     WIRES,
     Dispatched,
-    DispatchPlan,
     Returns,
     ScalarsHome,
     agree_along,
@@ -44,7 +45,6 @@ from fivedp.ops.expert_dispatch import (
     check_tensor_axis,
     group_of,
     in_type,
-    plan_dispatch,
 )
 from fivedp.ops.routing import Routing, route, route_backward, router_logits
 from fivedp.ops.shared_experts import (
@@ -186,9 +186,10 @@ def expert_layer(
     Collective over all ranks of `comm`. While rows of tokens travel as messages, shared experts are computed, and then
     the rows that have come, where they are enough (`fivedp.ops.arriving_rows`).
     """
-    name, group, error = "expert_layer", group_of(comm), None
-    n_experts, shared_routing = 0, None
-    try:
+    name, group, shared_routing = "expert_layer", group_of(comm), None
+
+    def check() -> int:
+        nonlocal shared_routing
         check_tensor_axis(name, comm, tensor)
         n_experts = _check(group.size, group.index, x, router, w_up, w_gate, w_down, activation, wire)
         if routing is not None:
@@ -200,8 +201,10 @@ def expert_layer(
         if shared is not None:
             check_shared(name, shared, x.shape[1], x.dtype, w_gate is not None, activation)
             shared_routing = route_shared(x, shared)
-    except ValueError as found:
-        error = found
+        return n_experts
+
+    found, error = checked(check)
+    n_experts = found or 0
     if tensor:  # ranks along it make their routings apart from each other, so they must hear of an error before
         text = f"top_k={top_k}, {activation}, wire={wire}, tensor={tensor}, shared={shared is not None}"
         agree_along(name, comm, tensor, text, x, error)
@@ -214,10 +217,10 @@ def expert_layer(
         try:
             # Losses and capacities are those of all ranks' tokens; where neither is asked for, no rank needs another.
             routing = route(logits, top_k, comm=None if alone else comm, **route_keywords)
-        except ValueError as found:
+        except ValueError as refused:
             if not alone:
                 raise
-            error = found
+            error = refused
     columns = 0 if error is not None else w_up.shape[2]
     size = "" if tensor else f" of {columns}"
     text = f"{n_experts} experts{size}, top_k={top_k}, {activation}, wire={wire}, tensor={tensor}"
@@ -306,11 +309,7 @@ def expert_layer_backward(
     Collective over the ranks of the forward. The tokens travel once more: owners keep no rows.
     """
     name, plan, x = "expert_layer_backward", state.plan, state.x
-    error = None
-    try:
-        check_rows(name, "dy", dy, x.shape, (x.dtype,))
-    except ValueError as found:
-        error = found
+    _, error = checked(lambda: check_rows(name, "dy", dy, x.shape, (x.dtype,)))
     text = f"{plan.cut.n_experts} experts, tensor={state.tensor}"
     what, _ = agree_along(name, state.comm, state.tensor, text, dy, error)
     dx, shared = np.empty(x.shape, plan.sums), None

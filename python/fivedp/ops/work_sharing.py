@@ -24,7 +24,7 @@ from fivedp.comm.messages import TAGS, Buffer, Mailbox
 from fivedp.comm.shared_window import Extent, SharedWindow
 from fivedp.kernels.experts import Rows
 from fivedp.layout.dispatch import owners_to_help
-from fivedp.ops.expert_dispatch import DispatchPlan
+from fivedp.ops.dispatch_plan import DispatchPlan
 
 Array = Any
 # A kernel call on a job: takes tiles until there are none, and says how many there were in all.

@@ -28,7 +28,8 @@ from fivedp.kernels._select import sum_type
 from fivedp.layout.dispatch import pair_type
 from fivedp.layout.experts import cut_experts
 from fivedp.layout.explain import plan_for
-from fivedp.ops.expert_dispatch import Dispatched, Returns, ScalarsHome, pairs_bytes
+from fivedp.ops.dispatch_plan import pairs_bytes
+from fivedp.ops.expert_dispatch import Dispatched, Returns, ScalarsHome
 from fivedp.ops.work_sharing import SharedWork
 
 Array = NDArray[Any]
@@ -159,6 +160,12 @@ class Experts:
         said = plan.bytes_sent()
         names = ("pairs", "rows", "returns", "bound")
         found = agree.total(self.bench.comm, *(float(said[name]) for name in names))
+        if plan.nodes.count > 1:  # the way between nodes, and what gateways pass on, are the plan's to say
+            self.traffic |= {name: int(value) for name, value in zip(names[:3], found, strict=False)}
+            t, back = self.traffic, self.case.backward
+            crossing = 2 * t["rows"] + t["scalars"] + t["router"] if back else t["pairs"] + t["rows"]
+            self.bytes_planned = crossing + t["returns"] + t["board"]
+            return
         forward = traffic(self.chosen, self.case, self.bench.comm.size, backward=False)
         for name, value, right in zip(names, found, (*(forward[n] for n in names[:3]), forward["deduplicated"]),
                                       strict=True):  # fmt: skip

@@ -173,6 +173,7 @@ class DeviceMailbox(Mailbox):
         # A writer waits for the answer to its note, and pinned memory is in use, until the copies are done.
         self._wait_until(lambda transfer: transfer.done, self._read)
         self._read = []
+        self._give_lent()
 
     def abandon(self) -> None:
         # The receive of an answer belongs to all transfers of a link: once each.

@@ -60,7 +60,6 @@ class HostMailbox(Mailbox):
         self._window = group.grid.shared
         self._sent: list[_Sent] = []
         self._boxes: dict[tuple[Any, ...], _Box] = {}
-        self._placed: list[tuple[int, int]] = []
         self._receiving: list[Receipt] = []
 
     def _in_window(self, rank: int, n_bytes: int) -> bool:
@@ -86,8 +85,8 @@ class HostMailbox(Mailbox):
         extent = self._window.take(array.nbytes)
         if extent is None:
             return array
-        self._placed.append(extent)
         copy = self._window.array(extent, array.shape, array.dtype)
+        self.give_at_end(Workspace(copy, extent))
         copy[...] = array
         return copy
 
@@ -280,10 +279,7 @@ class HostMailbox(Mailbox):
 
     def close(self) -> None:
         self.flush()
-        for extent in self._placed:
-            assert self._window is not None
-            self._window.give(extent)
-        self._placed = []
+        self._give_lent()
 
     def abandon(self) -> None:
         for receipt in self._receiving:

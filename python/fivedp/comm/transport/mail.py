@@ -122,6 +122,7 @@ class Mailbox(ABC):
         """numpy or cupy: where the arrays live."""
         self.pool: BufferPool = group.grid.cache.setdefault("buffer_pool", BufferPool())
         self._first_tag = tag_number(group, 0)
+        self._lent: list[Workspace] = []
 
     @abstractmethod
     def workspace(self, shape: tuple[int, ...], dtype: Any) -> Workspace:
@@ -130,6 +131,15 @@ class Mailbox(ABC):
     @abstractmethod
     def give_workspace(self, workspace: Workspace) -> None:
         """Return a workspace of which every message has been received."""
+
+    def give_at_end(self, workspace: Workspace) -> None:
+        """Return a workspace when the call ends."""
+        self._lent.append(workspace)
+
+    def _give_lent(self) -> None:
+        """Return them, at the end of `close`."""
+        while self._lent:
+            self.give_workspace(self._lent.pop())
 
     @abstractmethod
     def place(self, array: Array) -> Array:
