@@ -1,8 +1,8 @@
 // RMSNorm and LayerNorm of rows, with the sum of a residual before them; forward and backward.
 //
-// A row is read once, kept in registers as it is stored (4 or 8 pieces of 16 bytes a thread: rows of up to 32 or 64 KB
-// in all; what is longer is read again, from the L2 cache), summed in a fixed tree, scaled and written. LayerNorm takes
-// the mean first and then the squares of the differences, from the registers: nothing cancels.
+// A row is read once, kept in registers as it is stored (8 pieces of 16 bytes a thread, 2 in the backward: rows of up
+// to 32 or 8 KB; what is longer is read again, from the L2 cache), summed in a fixed tree, scaled and written. LayerNorm
+// takes the mean first and then the squares of the differences, from the registers: nothing cancels.
 // Bytes: each element read once and written once, twice with a residual; about 4 FLOPs an element, 12 in the backward.
 //
 // Gradients of gain and bias are sums over rows. A block of the backward goes through rows b, b + n, ... and keeps its
@@ -20,7 +20,8 @@
 namespace fivedp {
 namespace {
 
-constexpr int kept_forward = 8, kept_backward = 4;
+// The backward keeps fewer: of two arrays, and with what both of its passes make of them.
+constexpr int kept_forward = 8, kept_backward = 2;
 // What fits on every chip from 8.0, for two or three blocks on a multiprocessor of most.
 constexpr std::int64_t shared_for_sums = 64 * 1024;
 constexpr std::int64_t most_partials = 256;
