@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 import fivedp
 from fivedp.comm.grid import grid_of
+from fivedp.comm.transport.host import HostMailbox
 from fivedp.ops import arriving_rows
 from mpi_experts import BFLOAT16, DTYPES, draw_case, taken_apart_from, window_from
 
@@ -109,7 +110,7 @@ def test_products_begin_before_the_last_rows_are_sent(
     arrays, keywords, _ = case.arguments(apart)
     right = fivedp.expert_layer(*arrays, apart, **keywords)
     last, heard = comm.size - 1, []
-    send_rows, part = fivedp.comm.messages.Mailbox.send_rows, fivedp.ops.work_sharing.SharedWork.part
+    send_rows, part = HostMailbox.send_rows, fivedp.ops.work_sharing.SharedWork.part
 
     def late(self: Any, *arguments: Any) -> None:
         if comm.rank == last and not heard:
@@ -124,7 +125,7 @@ def test_products_begin_before_the_last_rows_are_sent(
             notices.send(comm.rank, last)
         return part(self, *arguments)
 
-    monkeypatch.setattr(fivedp.comm.messages.Mailbox, "send_rows", late)
+    monkeypatch.setattr(HostMailbox, "send_rows", late)
     monkeypatch.setattr(fivedp.ops.work_sharing.SharedWork, "part", telling)
     with taken_apart_from(1):
         y = fivedp.expert_layer(*arrays, apart, **keywords)

@@ -275,6 +275,28 @@ def test_work_that_ranks_share_has_the_bits_of_one_rank(comm: MPI.Intracomm, see
             case.check_bits(whole)
 
 
+def test_memory_of_shared_work_comes_back_when_the_state_is_gone(comm: MPI.Intracomm, seed: int) -> None:
+    case = draw_case(np.random.default_rng(seed), np.float32, comm.size, n_tokens=90, n_experts=11, skew=1.5)
+    arrays, keywords, dy = case.arguments(comm)
+    window = grid_of(comm).shared
+    if window is None:
+        pytest.skip("ranks share no memory")
+    free = list(window._free_large)
+    with work_is_shared():
+        y, state = fivedp.expert_layer(*arrays, comm, keep=True, **keywords)
+        d = fivedp.expert_layer_backward(dy, state)
+    kept = np.array([state.up.copy(), d.w_up.copy()], object)
+    taken = window._free_large != free
+    for _ in range(2):  # what a state keeps is not given to the next call
+        with work_is_shared():
+            other = fivedp.expert_layer(*arrays, comm, keep=True, **keywords)
+        np.testing.assert_array_equal(state.up, kept[0])
+        np.testing.assert_array_equal(d.w_up, kept[1])
+    del y, state, d, other
+    assert window._free_large == free
+    assert comm.size == 1 or comm.allreduce(taken, MPI.LOR)
+
+
 def test_calls_one_after_another_do_not_meet(comm: MPI.Intracomm, seed: int) -> None:
     """Ranks that run ahead: two layers forward, and back in the other order."""
     rng = np.random.default_rng(seed)

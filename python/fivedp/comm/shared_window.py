@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import mmap
 import os
 import platform
+import weakref
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ MIN_BYTES = 32 << 10
 NOTE_WORDS = 16
 _FOLDER = "/dev/shm"
 _SEGMENT_BYTES = 24 << 20
-_LARGE_BYTES = 1 << 30
+_LARGE_BYTES = 4 << 30
 _CELLS = 4096
 _CELL_BYTES = 8 * _CELLS
 _LARGE_BEGIN = _CELL_BYTES + _SEGMENT_BYTES
@@ -148,6 +150,13 @@ class SharedWindow:
         """A range of this rank's segment as an array."""
         return np.ndarray(shape, dtype, buffer=self.mine.data, offset=extent[0])
 
+    def lend(self, extent: Extent, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """A range as an array, with what it holds, which returns to this segment when nobody has the array any more."""
+        owner = _Lent(self.mine[extent[0] : extent[1]])
+        weakref.finalize(owner, self.give, extent)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        return np.asarray(owner)[:n_bytes].view(dtype).reshape(shape)
+
     def offset_of(self, array: npt.NDArray[Any]) -> int | None:
         """Where an array begins in this rank's segment; None where it lies elsewhere."""
         offset: int = array.__array_interface__["data"][0] - self._base
@@ -175,6 +184,17 @@ class SharedWindow:
     def acknowledge(self, rank: int, cell: int) -> None:
         """Tell the sender that its box has been read."""
         self._cells[rank][cell] = 1
+
+
+class _Lent:
+    """What arrays on lent memory have as their base, so that it lives as long as any of them or of their views.
+
+    An array made on a buffer would have the whole segment as its base.
+    """
+
+    def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
+        self.memory = memory
+        self.__array_interface__ = memory.__array_interface__
 
 
 def _path(pid: int, number: int) -> str:

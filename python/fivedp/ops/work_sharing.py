@@ -13,7 +13,6 @@ before is done, whoever made it.
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -171,7 +170,7 @@ class SharedWork:
         """A result of this rank's job, for all of its experts."""
         item, array = self._items[name], self.own.arrays[name]
         if item.per == "row" or self._used is None:
-            return array
+            return self._keep(array) if item.kept else array
         whole = np.zeros((len(self.plan.incoming.counts), *item.tail), item.dtype)
         whole[self._used] = array
         return whole
@@ -224,6 +223,16 @@ class SharedWork:
         self._extents.append(extent)
         return self.window.array(extent, shape, dtype)
 
+    def _keep(self, array: Array) -> Array:
+        """A result that outlives the call; memory of the window goes back when it is no longer used."""
+        window = self.window
+        offset = None if window is None else window.offset_of(array)
+        if window is None or offset is None:
+            return array
+        extent = next(extent for extent in self._extents if extent[0] == offset)
+        self._extents.remove(extent)
+        return window.lend(extent, array.shape, array.dtype)
+
     def _private(self, item: Item) -> Array:
         """Memory for a result that nobody else needs to see."""
         shape = (self.plan.n_rows if item.per == "row" else len(self.plan.incoming.counts), *item.tail)
@@ -234,15 +243,8 @@ class SharedWork:
         return array
 
     def _release(self) -> None:
-        """Return the memory, which nobody reads any more; what is kept returns its own when it is no longer used."""
+        """Return the memory, which nobody reads any more, but for what `result` gave away."""
         window = self.window
-        for name, item in self._items.items():
-            if item.kept and window is not None and item.given is None:
-                array = self.own.arrays[name]
-                extent = next((extent for extent in self._extents if extent[0] == window.offset_of(array)), None)
-                if extent is not None:
-                    self._extents.remove(extent)
-                    weakref.finalize(array.base, window.give, extent)  # which every view of the array holds
         for extent in self._extents:
             assert window is not None
             window.give(extent)
