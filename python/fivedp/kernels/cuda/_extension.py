@@ -10,7 +10,7 @@ import numpy as np
 
 from fivedp.kernels._select import raw
 
-__all__ = ["extension", "raw", "stream_of"]
+__all__ = ["extension", "library_of", "raw", "stream_of"]
 
 
 @functools.cache
@@ -29,6 +29,11 @@ def extension() -> Any:
             f"fivedp._cuda can't be loaded ({missing}): install fivedp where nvcc is on PATH, "
             "or with --config-settings=cmake.define.FIVEDP_CUDA=ON to see why it is not built"
         ) from missing
+
+
+def library_of(array: Any) -> Any:
+    """CuPy, or NumPy for its arrays, which only the emulated GPU takes."""
+    return np if isinstance(array, np.ndarray) else importlib.import_module("cupy")
 
 
 def stream_of(array: Any) -> int:
