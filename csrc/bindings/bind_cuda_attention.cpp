@@ -117,8 +117,8 @@ DeviceAttention problem_of(const py::handle& q_object, const py::handle& k_objec
     check(a.softcap >= 0, "attention: softcap is ", a.softcap, "; 0 (none) or more would be right");
     if (!mask[8].is_none()) {
         const DeviceArray slopes = device_array(mask[8], "attention: slopes");
-        expect(slopes, "f4", {heads}, false, "attention: slopes");
-        a.slopes = reinterpret_cast<const float*>(slopes.data);
+        expect(slopes, "f8", {heads}, false, "attention: slopes");
+        a.slopes = reinterpret_cast<const double*>(slopes.data);
     }
 
     const std::int64_t q_tiles = (n_queries + attention_tile - 1) / attention_tile;

@@ -31,8 +31,8 @@ struct DeviceAttention {
     const std::int32_t *q_position, *k_position, *q_document, *k_document;  // documents null: all of one
     double scale, softcap;                                                  // softcap 0: none
     bool causal;
-    int window;           // 0: none
-    const float* slopes;  // of ALiBi, one a query head; null: none
+    int window;            // 0: none
+    const double* slopes;  // of ALiBi, one a query head; null: none
 
     // Workspace of the call: spans of the tiles of queries, then of those of keys.
     TileSpan *q_spans, *k_spans;

@@ -113,7 +113,7 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
     for (int stage = 0; head < heads_end; stage = (stage + 1) % stages<width>) {
         const int first_query = tile * attention_tile;
         const bool whole = all;
-        const float slope = a.slopes != nullptr ? a.slopes[head] * static_cast<float>(log2_of_e) : 0.0f;
+        const float slope = slope_of<float>(a, head);
         tile = walk.next(all);
         if (tile < 0 && ++head < heads_end) {
             walk.restart();
@@ -216,7 +216,7 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
         log_sum[r] = log_sum_of(a, flat, first_row + accumulator_row(r));
         delta[r] = delta_of(a, flat, first_row + accumulator_row(r));
     }
-    const float slope = a.slopes != nullptr ? a.slopes[work.head] * static_cast<float>(log2_of_e) : 0.0f;
+    const float slope = slope_of<float>(a, work.head);
     for (int stage = 0; tile >= 0; stage = (stage + 1) % stages<width>) {
         const int first_key = tile * attention_tile;
         const bool whole = all;

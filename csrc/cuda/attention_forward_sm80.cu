@@ -116,7 +116,7 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
         }
     }
 
-    const float slope = a.slopes != nullptr ? a.slopes[work.head] * static_cast<float>(log2_of_e) : 0.0f;
+    const float slope = slope_of<float>(a, work.head);
     while (tile >= 0) {
         const int first_key = tile * attention_tile;
         const bool whole = all;

@@ -170,6 +170,12 @@ FIVEDP_DEVICE double hyperbolic_tangent(double x) {
     return tanh(x);
 }
 
+// ALiBi's slope of a head in units of log(2), 0 for none.
+template <class S>
+FIVEDP_DEVICE S slope_of(const DeviceAttention& a, int head) {
+    return a.slopes != nullptr ? static_cast<S>(a.slopes[head] * log2_of_e) : S(0);
+}
+
 // How logits become exponents of 2: the sum of products, times `factor`. Where they are bent (softcap, ALiBi), or the
 // factor would not be positive, they are brought to units of log(2) one by one first, and the factor is 1.
 template <class S>

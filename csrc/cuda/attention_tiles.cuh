@@ -28,7 +28,7 @@ template <class T, int width, int rows>
 FIVEDP_DEVICE void load_tile(char* to, const DeviceTokens& tokens, const T* from, int first, int n_tokens,
                              int size) {
     constexpr int chunks = width / 8, step = attention_threads / chunks;
-    const int chunk = thread() % chunks, first_row = thread() / chunks;
+    const int me = computed_here(thread()), chunk = me % chunks, first_row = me / chunks;
     const int left = size - chunk * 8;
     const int in_chunk = left < 0 ? 0 : left < 8 ? left : 8;
     const T* source = from + static_cast<std::int64_t>(first + first_row) * tokens.token + chunk * 8;

@@ -22,7 +22,7 @@ from fivedp.reference import attention_reference as oracle
 
 Array = Any
 BF16 = np.dtype(ml_dtypes.bfloat16)
-TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 HALF_UNITS = {BF16: 2.0**-9, np.dtype(np.float16): 2.0**-12, np.dtype(np.float32): 0.0, np.dtype(np.float64): 0.0}
 SMALLEST = {np.dtype(np.float16): 2.0**-25}  # half of what float16 tells apart near 0
 GUARD = 96

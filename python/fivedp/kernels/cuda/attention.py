@@ -145,7 +145,7 @@ def _on_device(mask: Mask, like: Array) -> tuple[Any, ...]:
         copy = xp.asarray(np.concatenate([places[i] for i in from_host]))
         for i, begin, end in zip(from_host, borders, borders[1:], strict=False):
             places[i] = copy[begin:end]
-    slopes = None if mask.slopes is None else xp.asarray(np.asarray(mask.slopes, np.float32))
+    slopes = None if mask.slopes is None else xp.asarray(np.asarray(mask.slopes, np.float64))
     return (*places, mask.scale, mask.causal, mask.window, mask.softcap, slopes)
 
 
