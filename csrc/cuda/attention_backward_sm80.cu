@@ -42,30 +42,45 @@ FIVEDP_DEVICE float delta_of(const DeviceAttention& a, std::int64_t first, int q
 
 // Weights in place of logits, and d_logits / scale in place of d_out v^T; masked pairs are 0 in both. Of a query, be it
 // in row r or in column c, `log_sum(r, c)` and `delta(r, c)`.
-template <bool keys_in_columns, class LogSum, class Delta>
-FIVEDP_DEVICE void unweigh(const DeviceAttention& a, const Bend<float>& bend, float slope, bool all, int first_row,
+template <bool keys_in_columns, class Head, class LogSum, class Delta>
+FIVEDP_DEVICE void unweigh(const DeviceAttention& a, const Bend<float>& bend, const Head& head, bool all, int first_row,
                            int first_column, const LogSum& log_sum, const Delta& delta, float (&logits)[1][8][4],
                            float (&d_weights)[1][8][4]) {
+    if (bend.bent) {
+        const float slope = slope_of<float>(a, head());
+        const int rows = keys_in_columns ? a.n_queries : a.n_keys, columns = keys_in_columns ? a.n_keys : a.n_queries;
+        const std::int32_t* const row_position = keys_in_columns ? a.q_position : a.k_position;
+        const std::int32_t* const column_position = keys_in_columns ? a.k_position : a.q_position;
+        FIVEDP_UNROLL
+        for (int c = 0; c < 16; ++c)
+            FIVEDP_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            float& x = logits[0][c / 2][2 * r + c % 2];
+            float& d = d_weights[0][c / 2][2 * r + c % 2];
+            const int row = computed_here(first_row + accumulator_row(r));
+            const int column = computed_here(first_column + accumulator_column(c));
+            const bool near = slope != 0 && row < rows && column < columns;
+            float derivative;
+            x = bend_logit(bend, x, slope, near ? row_position[row] - column_position[column] : 0, derivative);
+            d = (d - delta(r, c)) * derivative;
+        }
+    } else {
+        FIVEDP_UNROLL
+        for (int c = 0; c < 16; ++c)
+            FIVEDP_UNROLL
+        for (int r = 0; r < 2; ++r) d_weights[0][c / 2][2 * r + c % 2] -= delta(r, c);
+    }
     std::uint32_t bits[1] = {0xffffffffu};
     if (!all) visible_bits<keys_in_columns>(a, first_row, first_column, bits);
-    const int rows = keys_in_columns ? a.n_queries : a.n_keys, columns = keys_in_columns ? a.n_keys : a.n_queries;
-    const std::int32_t* const row_position = keys_in_columns ? a.q_position : a.k_position;
-    const std::int32_t* const column_position = keys_in_columns ? a.k_position : a.q_position;
     FIVEDP_UNROLL
     for (int c = 0; c < 16; ++c)
         FIVEDP_UNROLL
     for (int r = 0; r < 2; ++r) {
         float& x = logits[0][c / 2][2 * r + c % 2];
         float& d = d_weights[0][c / 2][2 * r + c % 2];
-        float derivative = 1.0f;
-        if (bend.bent) {
-            const int row = first_row + accumulator_row(r), column = first_column + accumulator_column(c);
-            const bool near = slope != 0 && row < rows && column < columns;
-            x = bend_logit(bend, x, slope, near ? row_position[row] - column_position[column] : 0, derivative);
-        }
         const bool seen = visible(bits, r, c);
         x = seen ? fast_exp2(fmaf(x, bend.factor, -log_sum(r, c))) : 0.0f;
-        d = seen ? x * (d - delta(r, c)) * derivative : 0.0f;
+        d = seen ? x * d : 0.0f;
     }
 }
 
@@ -102,6 +117,15 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
             deltas[stage * attention_tile + thread()] = delta_of(a, flat, first + thread());
         }
     };
+    const auto load_next = [&](int stage) {
+        tile = walk.next(all);
+        if (tile < 0 && ++head < heads_end) {
+            walk.restart();
+            tile = walk.next(all);
+        }
+        if (tile >= 0) load_queries(stage);
+        commit_copies();
+    };
     load_tile<T, width, attention_tile>(keys, a.k, head_rows<T>(a.k, work.batch, work.head), first_key, a.n_keys,
                                         a.size);
     load_tile<T, width, attention_tile>(values, a.v, head_rows<T>(a.v, work.batch, work.head), first_key, a.n_keys,
@@ -113,16 +137,8 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
     for (int stage = 0; head < heads_end; stage = (stage + 1) % stages<width>) {
         const int first_query = tile * attention_tile;
         const bool whole = all;
-        const float slope = slope_of<float>(a, head);
-        tile = walk.next(all);
-        if (tile < 0 && ++head < heads_end) {
-            walk.restart();
-            tile = walk.next(all);
-        }
-        if (stages<width> == 2) {
-            if (tile >= 0) load_queries(1 - stage);
-            commit_copies();
-        }
+        const int used_head = head;
+        if (stages<width> == 2) load_next(1 - stage);
         wait_for_copies<stages<width> - 1>();
         sync_block();
 
@@ -135,7 +151,7 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
             return of_tile[stage * attention_tile + accumulator_column(c)];
         };
         unweigh<false>(
-            a, bend, slope, whole, first_row, first_query, [&](int, int c) { return of_column(log_sums, c); },
+            a, bend, [&] { return used_head; }, whole, first_row, first_query, [&](int, int c) { return of_column(log_sums, c); },
             [&](int, int c) { return of_column(deltas, c); }, logits, d_weights);
 
         std::uint32_t factors[1][4][4];
@@ -155,18 +171,17 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
         }
         multiply_columns<T, width>(d_k, factors, q, first_chunk);
         sync_block();  // the tiles have been used
-        if (stages<width> == 1) {
-            if (tile >= 0) load_queries(0);
-            commit_copies();
-        }
+        if (stages<width> == 1) load_next(0);
     }
 
+    // What the block works on is found again: kept, it would take the registers of sums.
+    const Work mine = work_of(a.batch * a.kv_heads, a.kv_heads, computed_here(section), tiles_of(a.n_keys), false);
     const float scale = static_cast<float>(a.scale);
     FIVEDP_UNROLL
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + accumulator_row(r);
         if (row >= a.n_keys) continue;
-        const std::int64_t flat = (static_cast<std::int64_t>(work.batch) * a.n_keys + row) * a.kv_heads + work.head;
+        const std::int64_t flat = (static_cast<std::int64_t>(mine.batch) * a.n_keys + row) * a.kv_heads + mine.head;
         float* const to_k = static_cast<float*>(a.d_k) + flat * a.size;
         float* const to_v = static_cast<float*>(a.d_v) + flat * a.v_size;
         FIVEDP_UNROLL
@@ -188,7 +203,10 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
     char* const values = keys + stages<width> * bytes;     // likewise
     int* const room = reinterpret_cast<int*>(values + stages<width> * bytes);
 
-    const Work work = work_of(a.batch * a.heads, a.heads, section, tiles_of(a.n_queries), true);
+    const auto my_work = [&] {
+        return work_of(a.batch * a.heads, a.heads, computed_here(section), tiles_of(a.n_queries), true);
+    };
+    const Work work = my_work();
     const int kv_head = work.head / (a.heads / a.kv_heads), first_query = work.tile * attention_tile;
     const int first_row = first_query + 16 * warp();
     TileWalk<true> walk(a, work.tile, 1);
@@ -201,6 +219,11 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
                                             tile * attention_tile, a.n_keys, a.size);
         load_tile<T, width, attention_tile>(values + stage * bytes, a.v, head_rows<T>(a.v, work.batch, kv_head),
                                             tile * attention_tile, a.n_keys, a.v_size);
+    };
+    const auto load_next = [&](int stage) {
+        tile = walk.next(all);
+        if (tile >= 0) load_keys(stage);
+        commit_copies();
     };
     load_tile<T, width, attention_tile>(queries, a.q, head_rows<T>(a.q, work.batch, work.head), first_query,
                                         a.n_queries, a.size);
@@ -216,15 +239,10 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
         log_sum[r] = log_sum_of(a, flat, first_row + accumulator_row(r));
         delta[r] = delta_of(a, flat, first_row + accumulator_row(r));
     }
-    const float slope = slope_of<float>(a, work.head);
     for (int stage = 0; tile >= 0; stage = (stage + 1) % stages<width>) {
         const int first_key = tile * attention_tile;
         const bool whole = all;
-        tile = walk.next(all);
-        if (stages<width> == 2) {
-            if (tile >= 0) load_keys(1 - stage);
-            commit_copies();
-        }
+        if (stages<width> == 2) load_next(1 - stage);
         wait_for_copies<stages<width> - 1>();
         sync_block();
 
@@ -233,7 +251,7 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
         multiply_rows<T, width>(logits, queries, 16 * warp(), k);
         multiply_rows<T, width>(d_weights, gradients, 16 * warp(), values + stage * bytes);
         unweigh<true>(
-            a, bend, slope, whole, first_row, first_key, [&](int r, int) { return log_sum[r]; },
+            a, bend, [&] { return my_work().head; }, whole, first_row, first_key, [&](int r, int) { return log_sum[r]; },
             [&](int r, int) { return delta[r]; }, logits, d_weights);
         std::uint32_t factors[1][4][4];
         as_factors<T>(d_weights, factors);
@@ -243,18 +261,17 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
         }
         multiply_columns<T, width>(d_q, factors, k, 0);
         sync_block();  // the tiles have been used
-        if (stages<width> == 1) {
-            if (tile >= 0) load_keys(0);
-            commit_copies();
-        }
+        if (stages<width> == 1) load_next(0);
     }
 
+    // What the block works on is found again: kept, it would take the registers of sums.
+    const Work mine = my_work();
     const float scale = static_cast<float>(a.scale);
     FIVEDP_UNROLL
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + accumulator_row(r);
         if (row >= a.n_queries) continue;
-        const std::int64_t flat = (static_cast<std::int64_t>(work.batch) * a.n_queries + row) * a.heads + work.head;
+        const std::int64_t flat = (static_cast<std::int64_t>(mine.batch) * a.n_queries + row) * a.heads + mine.head;
         float* const to = static_cast<float*>(a.d_q) + flat * a.size;
         FIVEDP_UNROLL
         for (int c = 0; c < 2 * columns; ++c) {

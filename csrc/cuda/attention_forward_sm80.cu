@@ -42,9 +42,10 @@ struct StateRows {
 };
 
 template <int m, int n>
-FIVEDP_DEVICE void finish_logits(const DeviceAttention& a, const Bend<float>& bend, float slope, bool all,
+FIVEDP_DEVICE void finish_logits(const DeviceAttention& a, const Bend<float>& bend, int head, bool all,
                                  int first_row, int first_key, float (&logits)[m][n][4]) {
     if (bend.bent) {
+        const float slope = slope_of<float>(a, head);
         FIVEDP_UNROLL
         for (int j = 0; j < n; ++j)
             FIVEDP_UNROLL
@@ -116,7 +117,6 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
         }
     }
 
-    const float slope = slope_of<float>(a, work.head);
     while (tile >= 0) {
         const int first_key = tile * attention_tile;
         const bool whole = all;
@@ -136,7 +136,7 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
                                                 tile * attention_tile, a.n_keys, a.size);
         commit_copies();
 
-        finish_logits(a, bend, slope, whole, first_row, first_key, logits);
+        finish_logits(a, bend, work.head, whole, first_row, first_key, logits);
         FIVEDP_UNROLL
         for (int r = 0; r < 2 * m; ++r) {
             float top = lowest;
