@@ -177,8 +177,7 @@ void finish(const py::tuple& state, const py::object& out_object, const py::obje
     AttentionRows rows = rows_like(out, "attention: out");
     rows.type = number_type(out, "attention: out");
     const DeviceTokens to = rows_of(out_object, rows.type, out.shape, true, "attention: out");
-    void* const sum =
-        sums(log_sum, rows.type, {out.shape[0], out.shape[2], out.shape[1]}, true, "attention: log_sum");
+    void* const sum = sums(log_sum, rows.type, {out.shape[0], out.shape[2], out.shape[1]}, true, "attention: log_sum");
     attention_finish(rows, state_of(state, out, rows.type, false), to, sum, stream_of(stream));
 }
 

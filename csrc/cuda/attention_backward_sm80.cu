@@ -1,5 +1,5 @@
-// Attention, backward, in 16 bits, for compute capability 8.0 and later: what some queries and keys owe each other, from
-// the log-sum-exp over all keys of all ranks and delta = rowsum(d_out * out).
+// Attention, backward, in 16 bits, for compute capability 8.0 and later: what some queries and keys owe each other,
+// from the log-sum-exp over all keys of all ranks and delta = rowsum(d_out * out).
 //
 //     weights = 2^(logits - log_sum),   d_logits = weights * (d_out v^T - delta)
 //     d_v += weights^T d_out,   d_k += d_logits^T q,   d_q += d_logits k
@@ -11,8 +11,8 @@
 //     a block has 64 queries and goes through the tiles of 64 keys: d_q
 //
 // Each warp has 16 rows. Shared memory: the two tiles that stay, and those that come, in two buffers up to a head size
-// of 128 (97 KB) and one above (128 KB); swizzled as attention_tiles.cuh says. d_k and d_v of sizes above 128 are made in
-// two blocks of columns, each of which makes the weights anew.
+// of 128 (97 KB) and one above (128 KB); swizzled as attention_tiles.cuh says. d_k and d_v of sizes above 128 are made
+// in two blocks of columns, each of which makes the weights anew.
 //
 // FLOPs: 2 (5 size + 4 v_size) a visible pair, of which 2 (3 size + 2 v_size) would do for one kernel that adds d_q to
 // memory in any order. The gradients are in float and are added to.
@@ -24,10 +24,10 @@ namespace {
 template <int width>
 constexpr int stages = width > 128 ? 1 : 2;
 template <int width>
-constexpr int tile_bytes = attention_tile * width * 2;
+constexpr int tile_bytes = attention_tile* width * 2;
 // Two tiles that stay, two that come, and of the latter's queries log_sum and delta.
 template <int width>
-constexpr int backward_bytes = (2 + 2 * stages<width>) * tile_bytes<width> + stages<width> * attention_tile * 8 + 16;
+constexpr int backward_bytes = (2 + 2 * stages<width>)*tile_bytes<width> + stages<width>* attention_tile * 8 + 16;
 
 // In units of log(2); a weight 2^(x - inf) is 0: for rows that see no key, and where there is no row.
 FIVEDP_DEVICE float log_sum_of(const DeviceAttention& a, std::int64_t first, int query) {
@@ -52,8 +52,7 @@ FIVEDP_DEVICE void unweigh(const DeviceAttention& a, const Bend<float>& bend, co
         const std::int32_t* const row_position = keys_in_columns ? a.q_position : a.k_position;
         const std::int32_t* const column_position = keys_in_columns ? a.k_position : a.q_position;
         FIVEDP_UNROLL
-        for (int c = 0; c < 16; ++c)
-            FIVEDP_UNROLL
+        for (int c = 0; c < 16; ++c) FIVEDP_UNROLL
         for (int r = 0; r < 2; ++r) {
             float& x = logits[0][c / 2][2 * r + c % 2];
             float& d = d_weights[0][c / 2][2 * r + c % 2];
@@ -66,15 +65,13 @@ FIVEDP_DEVICE void unweigh(const DeviceAttention& a, const Bend<float>& bend, co
         }
     } else {
         FIVEDP_UNROLL
-        for (int c = 0; c < 16; ++c)
-            FIVEDP_UNROLL
+        for (int c = 0; c < 16; ++c) FIVEDP_UNROLL
         for (int r = 0; r < 2; ++r) d_weights[0][c / 2][2 * r + c % 2] -= delta(r, c);
     }
     std::uint32_t bits[1] = {0xffffffffu};
     if (!all) visible_bits<keys_in_columns>(a, first_row, first_column, bits);
     FIVEDP_UNROLL
-    for (int c = 0; c < 16; ++c)
-        FIVEDP_UNROLL
+    for (int c = 0; c < 16; ++c) FIVEDP_UNROLL
     for (int r = 0; r < 2; ++r) {
         float& x = logits[0][c / 2][2 * r + c % 2];
         float& d = d_weights[0][c / 2][2 * r + c % 2];
@@ -90,8 +87,8 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
     constexpr int columns = (width > 128 ? 128 : width) / 8, bytes = tile_bytes<width>;
     char* const keys = dynamic_shared();
     char* const values = keys + bytes;
-    char* const queries = values + bytes;                        // of both stages
-    char* const gradients = queries + stages<width> * bytes;     // likewise
+    char* const queries = values + bytes;                     // of both stages
+    char* const gradients = queries + stages<width> * bytes;  // likewise
     float* const log_sums = reinterpret_cast<float*>(gradients + stages<width> * bytes);
     float* const deltas = log_sums + stages<width> * attention_tile;
     int* const room = reinterpret_cast<int*>(deltas + stages<width> * attention_tile);
@@ -109,8 +106,8 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
         const int first = tile * attention_tile;
         load_tile<T, width, attention_tile>(queries + stage * bytes, a.q, head_rows<T>(a.q, work.batch, head), first,
                                             a.n_queries, a.size);
-        load_tile<T, width, attention_tile>(gradients + stage * bytes, a.d_out,
-                                            head_rows<T>(a.d_out, work.batch, head), first, a.n_queries, a.v_size);
+        load_tile<T, width, attention_tile>(gradients + stage * bytes, a.d_out, head_rows<T>(a.d_out, work.batch, head),
+                                            first, a.n_queries, a.v_size);
         if (thread() < attention_tile) {
             const std::int64_t flat = (static_cast<std::int64_t>(work.batch) * a.heads + head) * a.n_queries;
             log_sums[stage * attention_tile + thread()] = log_sum_of(a, flat, first + thread());
@@ -151,8 +148,9 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
             return of_tile[stage * attention_tile + accumulator_column(c)];
         };
         unweigh<false>(
-            a, bend, [&] { return used_head; }, whole, first_row, first_query, [&](int, int c) { return of_column(log_sums, c); },
-            [&](int, int c) { return of_column(deltas, c); }, logits, d_weights);
+            a, bend, [&] { return used_head; }, whole, first_row, first_query,
+            [&](int, int c) { return of_column(log_sums, c); }, [&](int, int c) { return of_column(deltas, c); },
+            logits, d_weights);
 
         std::uint32_t factors[1][4][4];
         as_factors<T>(logits, factors);
@@ -199,8 +197,8 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
     constexpr int columns = width / 8, bytes = tile_bytes<width>;
     char* const queries = dynamic_shared();
     char* const gradients = queries + bytes;
-    char* const keys = gradients + bytes;                  // of both stages
-    char* const values = keys + stages<width> * bytes;     // likewise
+    char* const keys = gradients + bytes;               // of both stages
+    char* const values = keys + stages<width> * bytes;  // likewise
     int* const room = reinterpret_cast<int*>(values + stages<width> * bytes);
 
     const auto my_work = [&] {
@@ -251,8 +249,8 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
         multiply_rows<T, width>(logits, queries, 16 * warp(), k);
         multiply_rows<T, width>(d_weights, gradients, 16 * warp(), values + stage * bytes);
         unweigh<true>(
-            a, bend, [&] { return my_work().head; }, whole, first_row, first_key, [&](int r, int) { return log_sum[r]; },
-            [&](int r, int) { return delta[r]; }, logits, d_weights);
+            a, bend, [&] { return my_work().head; }, whole, first_row, first_key,
+            [&](int r, int) { return log_sum[r]; }, [&](int r, int) { return delta[r]; }, logits, d_weights);
         std::uint32_t factors[1][4][4];
         as_factors<T>(d_weights, factors);
         if (!whole && any_nonfinite<T, width>(k, room)) {

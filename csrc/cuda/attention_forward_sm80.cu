@@ -42,13 +42,12 @@ struct StateRows {
 };
 
 template <int m, int n>
-FIVEDP_DEVICE void finish_logits(const DeviceAttention& a, const Bend<float>& bend, int head, bool all,
-                                 int first_row, int first_key, float (&logits)[m][n][4]) {
+FIVEDP_DEVICE void finish_logits(const DeviceAttention& a, const Bend<float>& bend, int head, bool all, int first_row,
+                                 int first_key, float (&logits)[m][n][4]) {
     if (bend.bent) {
         const float slope = slope_of<float>(a, head);
         FIVEDP_UNROLL
-        for (int j = 0; j < n; ++j)
-            FIVEDP_UNROLL
+        for (int j = 0; j < n; ++j) FIVEDP_UNROLL
         for (int e = 0; e < 2; ++e) {
             const int key = first_key + accumulator_column(2 * j + e);
             const int k_position = slope != 0 && key < a.n_keys ? a.k_position[key] : 0;
@@ -67,8 +66,7 @@ FIVEDP_DEVICE void finish_logits(const DeviceAttention& a, const Bend<float>& be
         visible_bits<true>(a, first_row, first_key, bits);
         const float lowest = bits_as_float(0xff800000u);
         FIVEDP_UNROLL
-        for (int r = 0; r < 2 * m; ++r)
-            FIVEDP_UNROLL
+        for (int r = 0; r < 2 * m; ++r) FIVEDP_UNROLL
         for (int c = 0; c < 2 * n; ++c) {
             float& x = logits[r / 2][c / 2][2 * (r % 2) + c % 2];
             x = visible(bits, r, c) ? x : lowest;
@@ -95,8 +93,8 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
 
     const int kv_head = work.head / (a.heads / a.kv_heads);
     load_tile<T, width, rows>(queries, a.q, head_rows<T>(a.q, work.batch, work.head), first_query, a.n_queries, a.size);
-    load_tile<T, width, attention_tile>(keys, a.k, head_rows<T>(a.k, work.batch, kv_head), tile * attention_tile, a.n_keys,
-                                        a.size);
+    load_tile<T, width, attention_tile>(keys, a.k, head_rows<T>(a.k, work.batch, kv_head), tile * attention_tile,
+                                        a.n_keys, a.size);
     commit_copies();
 
     const int first_row = first_query + warp() * 16 * m;
@@ -122,7 +120,8 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
         const bool whole = all;
         wait_for_copies<0>();
         sync_block();  // the keys are there, and the last values have been used
-        load_tile<T, width, attention_tile>(values, a.v, head_rows<T>(a.v, computed_here(work.batch), kv_head), first_key, a.n_keys, a.v_size);
+        load_tile<T, width, attention_tile>(values, a.v, head_rows<T>(a.v, computed_here(work.batch), kv_head),
+                                            first_key, a.n_keys, a.v_size);
         commit_copies();
 
         float logits[m][8][4];

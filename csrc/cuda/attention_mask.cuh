@@ -1,7 +1,8 @@
 // Which query sees which key, for a pair, for two tiles, and for the elements of a warp's accumulators.
 //
-// A mask is a function of the (document, position) of two tokens. Tiles of 64 tokens have spans of these; two spans tell
-// whether the mask leaves nothing of the pairs of two tiles, all, or some. Only in the last case pairs are looked at.
+// A mask is a function of the (document, position) of two tokens. Tiles of 64 tokens have spans of these; two spans
+// tell whether the mask leaves nothing of the pairs of two tiles, all, or some. Only in the last case pairs are looked
+// at.
 #pragma once
 
 #include "cuda/attention.hpp"
@@ -20,8 +21,8 @@ FIVEDP_DEVICE Sight sight(bool causal, int window, const TileSpan& q, const Tile
     if (causal && greatest < 0) return Sight::none;
     if (window > 0 && (least >= window || (!causal && greatest <= -window))) return Sight::none;
     const bool one_document = q.document_low == q.document_high && k.document_low == k.document_high;
-    const bool all = one_document && (!causal || least >= 0) &&
-                     (window == 0 || (greatest < window && (causal || least > -window)));
+    const bool all =
+        one_document && (!causal || least >= 0) && (window == 0 || (greatest < window && (causal || least > -window)));
     return all ? Sight::all : Sight::some;
 }
 

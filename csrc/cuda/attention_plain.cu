@@ -1,13 +1,13 @@
 // Attention in float32 and float64 with plain multiply-adds: the right answer in full precision, not a fast one.
 //
 // As the kernels in 16 bits (attention_forward_sm80.cu, attention_backward_sm80.cu), in tiles of 32 rows by 32 tokens
-// (16 by 16 in float64): 16 x 16 threads, of which thread (y, x) has rows y + 16 i and columns x + 16 j of every product.
-// Tiles lie in shared memory, rows an odd number of elements apart, so that the 16 rows that a half of a warp reads lie
-// in different banks; sums are in registers. A product takes a load for each multiply-add, so loads of shared memory
-// are what it costs: about an eighth of the chip's rate of multiply-adds.
+// (16 by 16 in float64): 16 x 16 threads, of which thread (y, x) has rows y + 16 i and columns x + 16 j of every
+// product. Tiles lie in shared memory, rows an odd number of elements apart, so that the 16 rows that a half of a warp
+// reads lie in different banks; sums are in registers. A product takes a load for each multiply-add, so loads of shared
+// memory are what it costs: about an eighth of the chip's rate of multiply-adds.
 //
-// FLOPs and bytes: as there, of elements of 4 or 8 bytes. Pairs that are masked have weight -1, which products pass over:
-// 0 times a NaN that a row does not see would be NaN.
+// FLOPs and bytes: as there, of elements of 4 or 8 bytes. Pairs that are masked have weight -1, which products pass
+// over: 0 times a NaN that a row does not see would be NaN.
 #include "cuda/attention_mask.cuh"
 
 namespace fivedp {
@@ -24,9 +24,9 @@ constexpr int pitch = width + 1;
 template <class S>
 constexpr int weight_pitch = tile_rows<S> + 1;
 template <class S, int width>
-constexpr int tile_elements = tile_rows<S> * pitch<width>;
+constexpr int tile_elements = tile_rows<S>* pitch<width>;
 template <class S>
-constexpr int weight_elements = tile_rows<S> * weight_pitch<S>;
+constexpr int weight_elements = tile_rows<S>* weight_pitch<S>;
 
 FIVEDP_DEVICE int thread_y() {
     return thread() / side;
@@ -55,12 +55,11 @@ template <class S, int width>
 FIVEDP_DEVICE void multiply_rows(Patch<S>& sums, const S* left, const S* right) {
     for (int i = 0; i < per_thread<S>; ++i)
         for (int j = 0; j < per_thread<S>; ++j) sums[i][j] = 0;
-    for (int k = 0; k < width; ++k)
-        FIVEDP_UNROLL
-    for (int i = 0; i < per_thread<S>; ++i)
-        FIVEDP_UNROLL
+    for (int k = 0; k < width; ++k) FIVEDP_UNROLL
+    for (int i = 0; i < per_thread<S>; ++i) FIVEDP_UNROLL
     for (int j = 0; j < per_thread<S>; ++j)
-        sums[i][j] += left[(thread_y() + side * i) * pitch<width> + k] * right[(thread_x() + side * j) * pitch<width> + k];
+        sums[i][j] +=
+            left[(thread_y() + side * i) * pitch<width> + k] * right[(thread_x() + side * j) * pitch<width> + k];
 }
 
 template <class S, int width>
@@ -69,8 +68,7 @@ using Rows = S[per_thread<S>][width / side];
 // sums += factors right, over the pairs whose weight is not -1.
 template <class S, int width>
 FIVEDP_DEVICE void multiply_columns(Rows<S, width>& sums, const S* factors, const S* weights, const S* right) {
-    for (int k = 0; k < tile_rows<S>; ++k)
-        FIVEDP_UNROLL
+    for (int k = 0; k < tile_rows<S>; ++k) FIVEDP_UNROLL
     for (int i = 0; i < per_thread<S>; ++i) {
         const int at = (thread_y() + side * i) * weight_pitch<S> + k;
         if (weights[at] == S(-1)) continue;

@@ -25,8 +25,7 @@ FIVEDP_DEVICE const T* head_rows(const DeviceTokens& tokens, int batch, int head
 // Rows [first, first + rows) of a head to a tile, with zeros after the last token and the last element. Asynchronous
 // where rows are aligned; in any case there after wait_for_copies and a barrier.
 template <class T, int width, int rows>
-FIVEDP_DEVICE void load_tile(char* to, const DeviceTokens& tokens, const T* from, int first, int n_tokens,
-                             int size) {
+FIVEDP_DEVICE void load_tile(char* to, const DeviceTokens& tokens, const T* from, int first, int n_tokens, int size) {
     constexpr int chunks = width / 8, step = attention_threads / chunks;
     const int me = computed_here(thread()), chunk = me % chunks, first_row = me / chunks;
     const int left = size - chunk * 8;
@@ -54,10 +53,8 @@ FIVEDP_DEVICE void load_tile(char* to, const DeviceTokens& tokens, const T* from
 template <class T, int width, int m, int n>
 FIVEDP_DEVICE void multiply_rows(float (&sums)[m][n][4], const char* left, int first_row, const char* right) {
     FIVEDP_UNROLL
-    for (int i = 0; i < m; ++i)
-        FIVEDP_UNROLL
-    for (int j = 0; j < n; ++j)
-        FIVEDP_UNROLL
+    for (int i = 0; i < m; ++i) FIVEDP_UNROLL
+    for (int j = 0; j < n; ++j) FIVEDP_UNROLL
     for (int e = 0; e < 4; ++e) sums[i][j][e] = 0;
     // From one chunk to the next is an exclusive or, from one row to the eighth after it a sum.
     const int left_at = computed_here(tile_offset<width>(first_row + (lane() & 15), lane() >> 4));
@@ -85,10 +82,8 @@ FIVEDP_DEVICE void multiply_rows(float (&sums)[m][n][4], const char* left, int f
 template <class T, int m, int n>
 FIVEDP_DEVICE void as_factors(const float (&sums)[m][n][4], std::uint32_t (&to)[m][n / 2][4]) {
     FIVEDP_UNROLL
-    for (int i = 0; i < m; ++i)
-        FIVEDP_UNROLL
-    for (int k = 0; k < n / 2; ++k)
-        FIVEDP_UNROLL
+    for (int i = 0; i < m; ++i) FIVEDP_UNROLL
+    for (int k = 0; k < n / 2; ++k) FIVEDP_UNROLL
     for (int e = 0; e < 4; ++e) {
         const float(&pair)[4] = sums[i][2 * k + e / 2];
         to[i][k][e] = pack_pair<T>(pair[2 * (e % 2)], pair[2 * (e % 2) + 1]);
@@ -102,8 +97,7 @@ FIVEDP_DEVICE void multiply_columns(float (&sums)[m][n][4], const std::uint32_t 
                                     int first_chunk) {
     const int at = computed_here(tile_offset<width>(lane() & 15, lane() >> 4) + 16 * first_chunk);
     FIVEDP_UNROLL
-    for (int k = 0; k < depth; ++k)
-        FIVEDP_UNROLL
+    for (int k = 0; k < depth; ++k) FIVEDP_UNROLL
     for (int j = 0; j < n; j += 2) {
         std::uint32_t b[4];
         warp_load_transposed(b, right + (at ^ (16 * j)) + 16 * k * width * 2);
@@ -163,8 +157,8 @@ FIVEDP_DEVICE void clear_nonfinite(char* tile) {
 // For the product over the tile's tokens, from `first_token`, of which the sums have rows from `first_row`. A weight is
 // positive, so infinity stays what it is; of a derivative (`as_nan`) it makes NaN.
 template <class T, int width, bool keys_in_tile, int m, int n>
-FIVEDP_DEVICE void add_nonfinite(const DeviceAttention& a, const char* tile, int first_token,
-                                 int first_row, int first_chunk, bool as_nan, float (&sums)[m][n][4]) {
+FIVEDP_DEVICE void add_nonfinite(const DeviceAttention& a, const char* tile, int first_token, int first_row,
+                                 int first_chunk, bool as_nan, float (&sums)[m][n][4]) {
     const int tokens = keys_in_tile ? a.n_keys : a.n_queries, rows = keys_in_tile ? a.n_queries : a.n_keys;
     FIVEDP_NO_UNROLL
     for (int t = 0; t < attention_tile; ++t) {
@@ -178,8 +172,7 @@ FIVEDP_DEVICE void add_nonfinite(const DeviceAttention& a, const char* tile, int
                 seen |= 1u << r;
         }
         FIVEDP_UNROLL
-        for (int j = 0; j < n; ++j)
-            FIVEDP_UNROLL
+        for (int j = 0; j < n; ++j) FIVEDP_UNROLL
         for (int e = 0; e < 2; ++e) {
             const char* const at = tile + tile_offset<width>(t, first_chunk + j) + 2 * (2 * (lane() % 4) + e);
             const T value = *reinterpret_cast<const T*>(at);

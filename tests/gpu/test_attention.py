@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import attention_operands as operands
 import ml_dtypes
 import numpy as np
 import pytest
 
+import attention_operands as operands
+from fivedp.kernels import attention as either
 from fivedp.kernels.attention import Mask, State
 from fivedp.kernels.cuda import attention as kernel
 from fivedp.reference import attention_reference as oracle
@@ -51,7 +52,8 @@ class Guarded:
 
     def check(self) -> None:
         for room, size in self.zones:
-            assert bool((room[:GUARD] == 77).all()) and bool((room[GUARD + size :] == 77).all())
+            assert bool((room[:GUARD] == 77).all())
+            assert bool((room[GUARD + size :] == 77).all())
 
 
 def forward(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = None) -> tuple[Array, Array]:
@@ -197,7 +199,8 @@ def test_what_is_masked_may_be_anything(xp: Any, host: Any, seed: int, dtype: An
     k[:, 60:], v[:, 60:] = np.nan, np.inf  # seen by queries from 60
     v[:, 80:] = np.nan
     found = forward(xp, host, replace(case, k=k, v=v))
-    assert np.array_equal(found[0][:, :60], clean[0][:, :60]) and np.array_equal(found[1][..., :60], clean[1][..., :60])
+    assert np.array_equal(found[0][:, :60], clean[0][:, :60])
+    assert np.array_equal(found[1][..., :60], clean[1][..., :60])
     assert np.isnan(found[0][:, 60:].astype(np.float32)).all()
 
     right = oracle.attention(case.q, case.k, case.v, case.mask)
@@ -207,10 +210,13 @@ def test_what_is_masked_may_be_anything(xp: Any, host: Any, seed: int, dtype: An
     q[:, :40], d_out[:, :40] = np.nan, np.inf  # keys from 40 are not seen by these
     d_q, d_k, d_v = backward(xp, host, replace(case, q=q, d_out=d_out), lse, delta)
     assert np.array_equal(d_q[:, 40:], want[0][:, 40:])
-    assert np.array_equal(d_k[:, 40:], want[1][:, 40:]) and np.array_equal(d_v[:, 40:], want[2][:, 40:])
-    assert not np.isfinite(d_k[:, :40]).any() and not np.isfinite(d_v[:, :40]).any()
+    assert np.array_equal(d_k[:, 40:], want[1][:, 40:])
+    assert np.array_equal(d_v[:, 40:], want[2][:, 40:])
+    assert not np.isfinite(d_k[:, :40]).any()
+    assert not np.isfinite(d_v[:, :40]).any()
     d_q, _, _ = backward(xp, host, replace(case, k=k), lse, delta)
-    assert np.array_equal(d_q[:, :60], want[0][:, :60]) and np.isnan(d_q[:, 60:]).all()
+    assert np.array_equal(d_q[:, :60], want[0][:, :60])
+    assert np.isnan(d_q[:, 60:]).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -220,8 +226,11 @@ def test_an_infinity_that_is_seen_stays_in_its_column(xp: Any, host: Any, seed: 
     v[0, 30, 0, 3], v[0, 50, 0, 3], v[0, 20, 0, 6] = np.inf, -np.inf, -np.inf
     out = forward(xp, host, replace(case, v=v))[0].astype(np.float64)[0, :, 0]
     clean = forward(xp, host, case)[0].astype(np.float64)[0, :, 0]
-    assert np.isfinite(out[:30, 3]).all() and (out[30:50, 3] == np.inf).all() and np.isnan(out[50:, 3]).all()
-    assert np.isfinite(out[:20, 6]).all() and (out[20:, 6] == -np.inf).all()
+    assert np.isfinite(out[:30, 3]).all()
+    assert (out[30:50, 3] == np.inf).all()
+    assert np.isnan(out[50:, 3]).all()
+    assert np.isfinite(out[:20, 6]).all()
+    assert (out[20:, 6] == -np.inf).all()
     others = [c for c in range(out.shape[1]) if c not in (3, 6)]
     assert np.array_equal(out[:, others], clean[:, others])
 
@@ -233,13 +242,15 @@ def test_rows_without_keys_and_extreme_logits(xp: Any, host: Any, seed: int, dty
     case = replace(case, mask=replace(case.mask, q_position=operands.places(70), k_position=operands.places(66, 5)))
     case = replace(case, mask=replace(case.mask, scale=300.0))  # logits of thousands: one weight is nearly all
     out, lse = forward(xp, host, case)
-    assert not out[:, :5].any() and np.isneginf(lse[..., :5]).all()
+    assert not out[:, :5].any()
+    assert np.isneginf(lse[..., :5]).all()
     right = oracle.attention(case.q, case.k, case.v, case.mask)
     assert np.isfinite(lse[..., 5:]).all()
     # Logits of 16-bit numbers are exact in float64; a relative error of 16 units of the type of sums in the largest.
     np.testing.assert_allclose(lse[..., 5:], right.lse[..., 5:], rtol=16 * 2.0**-24, atol=1e-3)
     d_q, d_k, d_v = backward(xp, host, case, lse, kernel.delta(xp.asarray(case.d_out), xp.asarray(out)))
-    assert not d_q[:, :5].any() and all(np.isfinite(d).all() for d in (d_q, d_k, d_v))
+    assert not d_q[:, :5].any()
+    assert all(np.isfinite(d).all() for d in (d_q, d_k, d_v))
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
@@ -257,7 +268,8 @@ def test_rows_may_lie_anywhere(xp: Any, host: Any, seed: int, dtype: Any) -> Non
         kernel.forward(moved[0], moved[1], moved[2], case.mask, state)
         out = xp.full(case.q.shape[:3] + case.v.shape[3:], np.nan, case.q.dtype)
         lse = kernel.finish(state, out)
-        assert np.array_equal(host(out), right[0]) and np.array_equal(host(lse), right[1])
+        assert np.array_equal(host(out), right[0])
+        assert np.array_equal(host(lse), right[1])
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
@@ -281,7 +293,8 @@ def test_states_of_parts_join_to_that_of_all(xp: Any, host: Any, seed: int, dtyp
     near("out", host(out), usual[0], right.out, size["out"], allowance + 2 * half, dtype)
     near("lse", host(lse), usual[1], right.lse, size["lse"], allowance, dtype)
     alone = kernel.join(states[:1])
-    assert np.array_equal(host(alone.output), host(states[0].output)) and alone.output is not states[0].output
+    assert np.array_equal(host(alone.output), host(states[0].output))
+    assert alone.output is not states[0].output
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
@@ -293,7 +306,8 @@ def test_nothing_is_nothing(xp: Any, host: Any, dtype: Any, batch: int, queries:
     kernel.forward(q, k, k, mask, state)
     out = xp.full(q.shape, np.nan, dtype)
     lse = kernel.finish(state, out)
-    assert not host(out).any() and np.isneginf(host(lse)).all()
+    assert not host(out).any()
+    assert np.isneginf(host(lse)).all()
     gradients = [xp.ones(x.shape, kernel.sum_type(dtype)) for x in (q, k, k)]
     kernel.backward(q, q, k, k, mask, lse, lse, *gradients)
     assert all((host(x) == 1).all() for x in gradients)
@@ -323,3 +337,23 @@ def test_attention_names_what_does_not_fit(xp: Any) -> None:
         kernel.forward(q, k, k, replace(mask, q_position=operands.places(4)), state)
     with pytest.raises(ValueError, match=r"attention: total has shape \(1, 4, 2\)"):
         kernel.forward(q, k, k, mask, State(state.highest, xp.zeros((1, 4, 2), np.float32), state.output))
+
+
+def test_cupy_arrays_go_to_the_gpu(xp: Any, host: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `fivedp.kernels.attention`, as the distributed calls use it."""
+    case = operands.draw_case(np.random.default_rng(seed), np.float16, queries=9, keys=20, causal=True)
+    right = forward(xp, host, case)
+    if xp is np:
+        monkeypatch.setattr(either, "is_cupy", lambda array: True)
+    d_out, q, k, v = (xp.asarray(x) for x in (case.d_out, case.q, case.k, case.v))
+    state = either.empty_state(q, 8)
+    either.forward(q, k, v, case.mask, state)
+    out = xp.empty_like(d_out)
+    lse = either.finish(either.join([state]), out)
+    assert np.array_equal(host(out), right[0])
+    assert np.array_equal(host(lse), right[1])
+    delta = either.delta(d_out, out)
+    gradients = [xp.zeros(x.shape, np.float32) for x in (q, k, v)]
+    either.backward(d_out, q, k, v, case.mask, lse, delta, *gradients)
+    want = backward(xp, host, case, right[1], host(delta))
+    assert all(np.array_equal(host(x), y) for x, y in zip(gradients, want, strict=True))
