@@ -50,12 +50,12 @@ FIVEDP_DEVICE void load_rows(S* to, const DeviceTokens& tokens, int batch, int h
 template <class S>
 using Patch = S[per_thread<S>][per_thread<S>];
 
-// The products of this thread's rows of `left` and of `right`.
+// The products of this thread's rows of `left` and of `right`, over `size` elements.
 template <class S, int width>
-FIVEDP_DEVICE void multiply_rows(Patch<S>& sums, const S* left, const S* right) {
+FIVEDP_DEVICE void multiply_rows(Patch<S>& sums, const S* left, const S* right, int size) {
     for (int i = 0; i < per_thread<S>; ++i)
         for (int j = 0; j < per_thread<S>; ++j) sums[i][j] = 0;
-    for (int k = 0; k < width; ++k) FIVEDP_UNROLL
+    for (int k = 0; k < size; ++k) FIVEDP_UNROLL
     for (int i = 0; i < per_thread<S>; ++i) FIVEDP_UNROLL
     for (int j = 0; j < per_thread<S>; ++j)
         sums[i][j] +=
@@ -154,7 +154,7 @@ forward_plain(const DeviceAttention a, const Bend<S> bend, const int section) {
             load_rows<S, width>(tokens, a.k, work.batch, kv_head, first_key, a.n_keys, a.size);
             sync_block();
             Patch<S> patch;
-            multiply_rows<S, width>(patch, queries, tokens);
+            multiply_rows<S, width>(patch, queries, tokens, a.size);
             FIVEDP_UNROLL
             for (int i = 0; i < n; ++i) {
                 const int query = first_query + thread_y() + side * i;
@@ -276,8 +276,8 @@ key_gradients_plain(const DeviceAttention a, const Bend<S> bend, const int secti
                 load_rows<S, width>(gradients, a.d_out, work.batch, head, first, a.n_queries, a.v_size);
                 sync_block();
                 Patch<S> logits, d_weights;
-                multiply_rows<S, width>(logits, keys, queries);
-                multiply_rows<S, width>(d_weights, values, gradients);
+                multiply_rows<S, width>(logits, keys, queries, a.size);
+                multiply_rows<S, width>(d_weights, values, gradients, a.v_size);
                 unweigh<S, true>(a, bend, slope_of<S>(a, head), flat, first_key, first, logits, d_weights, weights,
                                  d_logits);
                 sync_block();
@@ -317,8 +317,8 @@ query_gradients_plain(const DeviceAttention a, const Bend<S> bend, const int sec
             load_rows<S, width>(values, a.v, work.batch, kv_head, first, a.n_keys, a.v_size);
             sync_block();
             Patch<S> logits, d_weights;
-            multiply_rows<S, width>(logits, queries, keys);
-            multiply_rows<S, width>(d_weights, gradients, values);
+            multiply_rows<S, width>(logits, queries, keys, a.size);
+            multiply_rows<S, width>(d_weights, gradients, values, a.v_size);
             unweigh<S, false>(a, bend, slope_of<S>(a, work.head), flat, first_query, first, logits, d_weights, weights,
                               d_logits);
             sync_block();
@@ -353,19 +353,21 @@ void start_backward(const DeviceAttention& a, Stream stream) {
 }  // namespace
 
 void attention_forward_plain(const DeviceAttention& a, Stream stream) {
-    const bool narrow = a.size <= 64 && a.v_size <= 64;
     if (a.type == DeviceType::f64)
-        (narrow ? start_forward<double, 64> : start_forward<double, 256>)(a, stream);
+        start_forward<double, 256>(a, stream);
+    else if (a.size <= 64 && a.v_size <= 64)
+        start_forward<float, 64>(a, stream);
     else
-        (narrow ? start_forward<float, 64> : start_forward<float, 256>)(a, stream);
+        start_forward<float, 256>(a, stream);
 }
 
 void attention_backward_plain(const DeviceAttention& a, Stream stream) {
-    const bool narrow = a.size <= 64 && a.v_size <= 64;
     if (a.type == DeviceType::f64)
-        (narrow ? start_backward<double, 64> : start_backward<double, 256>)(a, stream);
+        start_backward<double, 256>(a, stream);
+    else if (a.size <= 64 && a.v_size <= 64)
+        start_backward<float, 64>(a, stream);
     else
-        (narrow ? start_backward<float, 64> : start_backward<float, 256>)(a, stream);
+        start_backward<float, 256>(a, stream);
 }
 
 }  // namespace fivedp
