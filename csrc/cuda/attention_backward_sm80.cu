@@ -23,6 +23,8 @@ namespace {
 
 template <int width>
 constexpr int stages = width > 128 ? 1 : 2;
+// Of a tile that comes, so many tokens at a time: of 64, the products would take the registers of the sums.
+constexpr int part_tokens = 32;
 template <int width>
 constexpr int tile_bytes = attention_tile* width * 2;
 // Two tiles that stay, two that come, and of the latter's queries log_sum and delta.
@@ -44,34 +46,33 @@ FIVEDP_DEVICE float delta_of(const DeviceAttention& a, std::int64_t first, int q
 // in row r or in column c, `log_sum(r, c)` and `delta(r, c)`.
 template <bool keys_in_columns, class Head, class LogSum, class Delta>
 FIVEDP_DEVICE void unweigh(const DeviceAttention& a, const Bend<float>& bend, const Head& head, bool all, int first_row,
-                           int first_column, const LogSum& log_sum, const Delta& delta, float (&logits)[1][8][4],
-                           float (&d_weights)[1][8][4]) {
+                           int first_column, const LogSum& log_sum, const Delta& delta,
+                           float (&logits)[1][part_tokens / 8][4], float (&d_weights)[1][part_tokens / 8][4]) {
     if (bend.bent) {
         const float slope = slope_of<float>(a, head());
         const int rows = keys_in_columns ? a.n_queries : a.n_keys, columns = keys_in_columns ? a.n_keys : a.n_queries;
         const std::int32_t* const row_position = keys_in_columns ? a.q_position : a.k_position;
         const std::int32_t* const column_position = keys_in_columns ? a.k_position : a.q_position;
         FIVEDP_UNROLL
-        for (int c = 0; c < 16; ++c) FIVEDP_UNROLL
+        for (int c = 0; c < part_tokens / 4; ++c) FIVEDP_UNROLL
         for (int r = 0; r < 2; ++r) {
             float& x = logits[0][c / 2][2 * r + c % 2];
             float& d = d_weights[0][c / 2][2 * r + c % 2];
-            const int row = computed_here(first_row + accumulator_row(r));
-            const int column = computed_here(first_column + accumulator_column(c));
+            const int row = first_row + accumulator_row(r), column = first_column + accumulator_column(c);
             const bool near = slope != 0 && row < rows && column < columns;
             float derivative;
-            x = bend_logit(bend, x, slope, near ? row_position[row] - column_position[column] : 0, derivative);
+            x = bend_logit_fast(bend, x, slope, near ? row_position[row] - column_position[column] : 0, derivative);
             d = (d - delta(r, c)) * derivative;
         }
     } else {
         FIVEDP_UNROLL
-        for (int c = 0; c < 16; ++c) FIVEDP_UNROLL
+        for (int c = 0; c < part_tokens / 4; ++c) FIVEDP_UNROLL
         for (int r = 0; r < 2; ++r) d_weights[0][c / 2][2 * r + c % 2] -= delta(r, c);
     }
     std::uint32_t bits[1] = {0xffffffffu};
-    if (!all) visible_bits<keys_in_columns>(a, first_row, first_column, bits);
+    if (!all) visible_bits<keys_in_columns, part_tokens / 4>(a, first_row, first_column, bits);
     FIVEDP_UNROLL
-    for (int c = 0; c < 16; ++c) FIVEDP_UNROLL
+    for (int c = 0; c < part_tokens / 4; ++c) FIVEDP_UNROLL
     for (int r = 0; r < 2; ++r) {
         float& x = logits[0][c / 2][2 * r + c % 2];
         float& d = d_weights[0][c / 2][2 * r + c % 2];
@@ -139,35 +140,41 @@ key_gradients(const DeviceAttention a, const Bend<float> bend, const int section
         wait_for_copies<stages<width> - 1>();
         sync_block();
 
-        char* const q = queries + stage * bytes;
-        char* const d_out = gradients + stage * bytes;
-        float logits[1][8][4], d_weights[1][8][4];
-        multiply_rows<T, width>(logits, keys, 16 * warp(), q);
-        multiply_rows<T, width>(d_weights, values, 16 * warp(), d_out);
-        const auto of_column = [&](const float* of_tile, int c) {
-            return of_tile[stage * attention_tile + accumulator_column(c)];
-        };
-        unweigh<false>(
-            a, bend, [&] { return used_head; }, whole, first_row, first_query,
-            [&](int, int c) { return of_column(log_sums, c); }, [&](int, int c) { return of_column(deltas, c); },
-            logits, d_weights);
+        FIVEDP_NO_UNROLL
+        for (int part = 0; part < attention_tile; part += part_tokens) {
+            char* const q = queries + stage * bytes + part * width * 2;
+            char* const d_out = gradients + stage * bytes + part * width * 2;
+            float logits[1][part_tokens / 8][4], d_weights[1][part_tokens / 8][4];
+            multiply_rows<T, width>(logits, keys, 16 * warp(), q);
+            multiply_rows<T, width>(d_weights, values, 16 * warp(), d_out);
+            const auto of_column = [&](const float* of_tile, int c) {
+                return of_tile[stage * attention_tile + part + accumulator_column(c)];
+            };
+            unweigh<false>(
+                a, bend, [&] { return used_head; }, whole, first_row, (first_query + part),
+                [&](int, int c) { return of_column(log_sums, c); }, [&](int, int c) { return of_column(deltas, c); },
+                logits, d_weights);
 
-        std::uint32_t factors[1][4][4];
-        as_factors<T>(logits, factors);
-        if (!whole && any_nonfinite<T, width>(d_out, room)) {
-            add_nonfinite<T, width, false>(a, d_out, first_query, first_row, first_chunk, false, d_v);
-            clear_nonfinite<T, width>(d_out);
-        }
-        multiply_columns<T, width>(d_v, factors, d_out, first_chunk);
-        as_factors<T>(d_weights, factors);
-        if (!whole) {
-            sync_block();  // everyone has read the room
-            if (any_nonfinite<T, width>(q, room)) {
-                add_nonfinite<T, width, false>(a, q, first_query, first_row, first_chunk, true, d_k);
-                clear_nonfinite<T, width>(q);
+            std::uint32_t factors[1][part_tokens / 16][4];
+            as_factors<T>(logits, factors);
+            if (!whole) sync_block();  // everyone has read the room
+            if (!whole && any_nonfinite<T, width, part_tokens>(d_out, room)) {
+                add_nonfinite<T, width, part_tokens, false>(a, d_out, (first_query + part), first_row, first_chunk,
+                                                            false, d_v);
+                clear_nonfinite<T, width, part_tokens>(d_out);
             }
+            multiply_columns<T, width>(d_v, factors, d_out, first_chunk);
+            as_factors<T>(d_weights, factors);
+            if (!whole) {
+                sync_block();  // everyone has read the room
+                if (any_nonfinite<T, width, part_tokens>(q, room)) {
+                    add_nonfinite<T, width, part_tokens, false>(a, q, (first_query + part), first_row, first_chunk,
+                                                                true, d_k);
+                    clear_nonfinite<T, width, part_tokens>(q);
+                }
+            }
+            multiply_columns<T, width>(d_k, factors, q, first_chunk);
         }
-        multiply_columns<T, width>(d_k, factors, q, first_chunk);
         sync_block();  // the tiles have been used
         if (stages<width> == 1) load_next(0);
     }
@@ -244,20 +251,24 @@ query_gradients(const DeviceAttention a, const Bend<float> bend, const int secti
         wait_for_copies<stages<width> - 1>();
         sync_block();
 
-        char* const k = keys + stage * bytes;
-        float logits[1][8][4], d_weights[1][8][4];
-        multiply_rows<T, width>(logits, queries, 16 * warp(), k);
-        multiply_rows<T, width>(d_weights, gradients, 16 * warp(), values + stage * bytes);
-        unweigh<true>(
-            a, bend, [&] { return my_work().head; }, whole, first_row, first_key,
-            [&](int r, int) { return log_sum[r]; }, [&](int r, int) { return delta[r]; }, logits, d_weights);
-        std::uint32_t factors[1][4][4];
-        as_factors<T>(d_weights, factors);
-        if (!whole && any_nonfinite<T, width>(k, room)) {
-            add_nonfinite<T, width, true>(a, k, first_key, first_row, 0, true, d_q);
-            clear_nonfinite<T, width>(k);
+        FIVEDP_NO_UNROLL
+        for (int part = 0; part < attention_tile; part += part_tokens) {
+            char* const k = keys + stage * bytes + part * width * 2;
+            float logits[1][part_tokens / 8][4], d_weights[1][part_tokens / 8][4];
+            multiply_rows<T, width>(logits, queries, 16 * warp(), k);
+            multiply_rows<T, width>(d_weights, gradients, 16 * warp(), values + stage * bytes + part * width * 2);
+            unweigh<true>(
+                a, bend, [&] { return my_work().head; }, whole, first_row, (first_key + part),
+                [&](int r, int) { return log_sum[r]; }, [&](int r, int) { return delta[r]; }, logits, d_weights);
+            std::uint32_t factors[1][part_tokens / 16][4];
+            as_factors<T>(d_weights, factors);
+            if (!whole) sync_block();  // everyone has read the room
+            if (!whole && any_nonfinite<T, width, part_tokens>(k, room)) {
+                add_nonfinite<T, width, part_tokens, true>(a, k, (first_key + part), first_row, 0, true, d_q);
+                clear_nonfinite<T, width, part_tokens>(k);
+            }
+            multiply_columns<T, width>(d_q, factors, k, 0);
         }
-        multiply_columns<T, width>(d_q, factors, k, 0);
         sync_block();  // the tiles have been used
         if (stages<width> == 1) load_next(0);
     }

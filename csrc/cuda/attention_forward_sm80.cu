@@ -57,13 +57,13 @@ FIVEDP_DEVICE void finish_logits(const DeviceAttention& a, const Bend<float>& be
                 const int apart = slope != 0 && row < a.n_queries ? a.q_position[row] - k_position : 0;
                 float& x = logits[r / 2][j][2 * (r % 2) + e];
                 float derivative;
-                x = bend_logit(bend, x, slope, apart, derivative);
+                x = bend_logit_fast(bend, x, slope, apart, derivative);
             }
         }
     }
     if (!all) {
         std::uint32_t bits[m];
-        visible_bits<true>(a, first_row, first_key, bits);
+        visible_bits<true, 2 * n>(a, first_row, first_key, bits);
         const float lowest = bits_as_float(0xff800000u);
         FIVEDP_UNROLL
         for (int r = 0; r < 2 * m; ++r) FIVEDP_UNROLL
@@ -164,9 +164,9 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
         }
         std::uint32_t weights[m][4][4];
         as_factors<T>(logits, weights);
-        if (!whole && any_nonfinite<T, width>(values, room)) {
-            add_nonfinite<T, width, true>(a, values, first_key, first_row, 0, false, output);
-            clear_nonfinite<T, width>(values);
+        if (!whole && any_nonfinite<T, width, attention_tile>(values, room)) {
+            add_nonfinite<T, width, attention_tile, true>(a, values, first_key, first_row, 0, false, output);
+            clear_nonfinite<T, width, attention_tile>(values);
         }
         multiply_columns<T, width>(output, weights, values, 0);
     }

@@ -120,9 +120,9 @@ FIVEDP_DEVICE int accumulator_column(int c) {
     return 8 * (c / 2) + 2 * (lane() % 4) + c % 2;
 }
 
-// Which pairs of this thread's rows, counted from `first_row`, and of its 16 columns, from `first_column`, are visible:
+// Which pairs of this thread's rows, counted from `first_row`, and of its columns, from `first_column`, are visible:
 // bit 16 * (r % 2) + c of bits[r / 2]. Pairs of a token that is not there are not.
-template <bool keys_in_columns, int m>
+template <bool keys_in_columns, int n_columns, int m>
 FIVEDP_DEVICE void visible_bits(const DeviceAttention& a, int first_row, int first_column, std::uint32_t (&bits)[m]) {
     const int rows = keys_in_columns ? a.n_queries : a.n_keys, columns = keys_in_columns ? a.n_keys : a.n_queries;
     Place of_row[2 * m];
@@ -133,7 +133,7 @@ FIVEDP_DEVICE void visible_bits(const DeviceAttention& a, int first_row, int fir
         bits[r / 2] = 0;
     }
     FIVEDP_NO_UNROLL
-    for (int c = 0; c < attention_tile / 4; ++c) {
+    for (int c = 0; c < n_columns; ++c) {
         const int column = first_column + accumulator_column(c);
         if (column >= columns) continue;
         const Place place = keys_in_columns ? key_place(a, column) : query_place(a, column);
@@ -183,12 +183,14 @@ template <class S>
 struct Bend {
     bool bent;
     S scale, cap, factor;  // the first two in units of log(2); a cap of 0 is none
+    S steepness;           // of the softcap: 2 log2(e) / cap
 };
 template <class S>
 Bend<S> bend_of(const DeviceAttention& a) {
     const bool bent = a.softcap > 0 || a.slopes != nullptr || !(a.scale > 0);
     const S scale = static_cast<S>(a.scale * log2_of_e);
-    return {bent, scale, static_cast<S>(a.softcap * log2_of_e), bent ? S(1) : scale};
+    return {bent, scale, static_cast<S>(a.softcap * log2_of_e), bent ? S(1) : scale,
+            static_cast<S>(a.softcap > 0 ? 2 / a.softcap : 0.0)};
 }
 
 // A logit in units of log(2) from its sum of products; `fall` is the slope of ALiBi in these units, `apart` i - j.
@@ -203,6 +205,18 @@ FIVEDP_DEVICE S bend_logit(const Bend<S>& bend, S product, S fall, int apart, S&
         derivative = S(1) - bent * bent;
     }
     return x - fall * static_cast<S>(apart < 0 ? -apart : apart);
+}
+
+// The same in few registers: tanh from one exponential, absolutely, not relatively, as precise as float is.
+FIVEDP_DEVICE float bend_logit_fast(const Bend<float>& bend, float product, float fall, int apart, float& derivative) {
+    float x = product * bend.scale;
+    derivative = 1.0f;
+    if (bend.cap > 0) {
+        const float power = fast_exp2(-fabsf(x) * bend.steepness), inverse = fast_reciprocal(1.0f + power);
+        x = copysignf(bend.cap * (1.0f - power) * inverse, x);
+        derivative = 4.0f * power * inverse * inverse;
+    }
+    return x - fall * static_cast<float>(apart < 0 ? -apart : apart);
 }
 
 }  // namespace fivedp

@@ -109,10 +109,10 @@ FIVEDP_DEVICE void multiply_columns(float (&sums)[m][n][4], const std::uint32_t 
     }
 }
 
-// NaN and infinity in a tile of which only some pairs are visible: 0 times one of them would be NaN where it is not
-// even seen. All threads of a block ask together whether there are any; `room` holds a number for each warp, and is
-// free again after the next barrier. If there are, `add_nonfinite` adds what they make of the pairs that do see them,
-// and `clear_nonfinite` puts 0 in their place before the product.
+// NaN and infinity in the `tokens` rows of a tile of which only some pairs are visible: 0 times one of them would be
+// NaN where it is not even seen. All threads of a block ask together whether there are any; `room` holds a number for
+// each warp, and is free again after the next barrier. If there are, `add_nonfinite` adds what they make of the pairs
+// that do see them, and `clear_nonfinite` puts 0 in their place before the product.
 
 FIVEDP_DEVICE bool nonfinite(Bf16 x) {
     return (x.bits & 0x7f80) == 0x7f80;
@@ -121,11 +121,11 @@ FIVEDP_DEVICE bool nonfinite(Half x) {
     return (x.bits & 0x7c00) == 0x7c00;
 }
 
-template <class T, int width>
+template <class T, int width, int tokens>
 FIVEDP_DEVICE bool any_nonfinite(const char* tile, int* room) {
     bool found = false;
     FIVEDP_NO_UNROLL
-    for (int i = thread(); i < attention_tile * width / 8; i += attention_threads) {
+    for (int i = thread(); i < tokens * width / 8; i += attention_threads) {
         const Vec16<T> values = *reinterpret_cast<const Vec16<T>*>(tile + 16 * i);
         FIVEDP_UNROLL
         for (int e = 0; e < 8; ++e) found = found || nonfinite(values.at[e]);
@@ -139,11 +139,11 @@ FIVEDP_DEVICE bool any_nonfinite(const char* tile, int* room) {
     return any;
 }
 
-template <class T, int width>
+template <class T, int width, int tokens>
 FIVEDP_DEVICE void clear_nonfinite(char* tile) {
     sync_block();
     FIVEDP_NO_UNROLL
-    for (int i = thread(); i < attention_tile * width / 8; i += attention_threads) {
+    for (int i = thread(); i < tokens * width / 8; i += attention_threads) {
         Vec16<T>* const place = reinterpret_cast<Vec16<T>*>(tile + 16 * i);
         Vec16<T> values = *place;
         FIVEDP_UNROLL
@@ -156,13 +156,13 @@ FIVEDP_DEVICE void clear_nonfinite(char* tile) {
 
 // For the product over the tile's tokens, from `first_token`, of which the sums have rows from `first_row`. A weight is
 // positive, so infinity stays what it is; of a derivative (`as_nan`) it makes NaN.
-template <class T, int width, bool keys_in_tile, int m, int n>
+template <class T, int width, int tokens, bool keys_in_tile, int m, int n>
 FIVEDP_DEVICE void add_nonfinite(const DeviceAttention& a, const char* tile, int first_token, int first_row,
                                  int first_chunk, bool as_nan, float (&sums)[m][n][4]) {
-    const int tokens = keys_in_tile ? a.n_keys : a.n_queries, rows = keys_in_tile ? a.n_queries : a.n_keys;
+    const int n_tokens = keys_in_tile ? a.n_keys : a.n_queries, rows = keys_in_tile ? a.n_queries : a.n_keys;
     FIVEDP_NO_UNROLL
-    for (int t = 0; t < attention_tile; ++t) {
-        if (first_token + t >= tokens) break;
+    for (int t = 0; t < tokens; ++t) {
+        if (first_token + t >= n_tokens) break;
         const Place place = keys_in_tile ? key_place(a, first_token + t) : query_place(a, first_token + t);
         std::uint32_t seen = 0;
         FIVEDP_UNROLL

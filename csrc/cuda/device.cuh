@@ -118,6 +118,12 @@ FIVEDP_DEVICE float fast_exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// 1 / x to 1 ulp, of numbers that are not subnormal.
+FIVEDP_DEVICE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 FIVEDP_DEVICE float bits_as_float(std::uint32_t bits) {
     return __uint_as_float(bits);
 }

@@ -175,6 +175,9 @@ inline float fast_exp2(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // NaN passes
 }
+inline float fast_reciprocal(float x) {
+    return 1.0f / x;
+}
 inline std::uint16_t float_as_bf16_bits(float value) {
     const std::uint32_t bits = float_as_bits(value);
     if (value != value) return 0x7fff;
