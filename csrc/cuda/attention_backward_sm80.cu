@@ -12,7 +12,7 @@
 //
 // Each warp has 16 rows. Shared memory: the two tiles that stay, and those that come, in two buffers up to a head size
 // of 128 (97 KB) and one above (128 KB); swizzled as attention_tiles.cuh says. d_k and d_v of sizes above 128 are made
-// in two blocks of columns, each of which makes the weights anew.
+// in four blocks of 64 columns, each of which makes the weights anew.
 //
 // FLOPs: 2 (5 size + 4 v_size) a visible pair, of which 2 (3 size + 2 v_size) would do for one kernel that adds d_q to
 // memory in any order. The gradients are in float and are added to.
@@ -23,6 +23,9 @@ namespace {
 
 template <int width>
 constexpr int stages = width > 128 ? 1 : 2;
+// Columns of d_k and d_v that a block makes.
+template <int width>
+constexpr int key_columns = width > 128 ? 64 : width;
 // Of a tile that comes, so many tokens at a time: of 64, the products would take the registers of the sums.
 constexpr int part_tokens = 32;
 template <int width>
@@ -85,7 +88,7 @@ FIVEDP_DEVICE void unweigh(const DeviceAttention& a, const Bend<float>& bend, co
 template <class T, int width>
 FIVEDP_KERNEL(attention_threads, width > 128 ? 1 : 2)
 key_gradients(const DeviceAttention a, const Bend<float> bend, const int section) {
-    constexpr int columns = (width > 128 ? 128 : width) / 8, bytes = tile_bytes<width>;
+    constexpr int columns = key_columns<width> / 8, bytes = tile_bytes<width>;
     char* const keys = dynamic_shared();
     char* const values = keys + bytes;
     char* const queries = values + bytes;                     // of both stages
@@ -295,7 +298,7 @@ void start(const DeviceAttention& a, Stream stream) {
     const int group = a.heads / a.kv_heads;
     const std::int64_t row_bytes = std::int64_t{2} * (a.size + a.v_size);
     launch(key_gradients<T, width>, static_cast<std::int64_t>(tiles_of(a.n_keys)) * a.batch * a.kv_heads,
-           width > 128 ? width / 128 : 1, 1, attention_threads, backward_bytes<width>, stream, a, bend_of<float>(a),
+           width / key_columns<width>, 1, attention_threads, backward_bytes<width>, stream, a, bend_of<float>(a),
            heads_of_section(row_bytes * a.n_queries * group));
     launch(query_gradients<T, width>, static_cast<std::int64_t>(tiles_of(a.n_queries)) * a.batch * a.heads, 1, 1,
            attention_threads, backward_bytes<width>, stream, a, bend_of<float>(a),
