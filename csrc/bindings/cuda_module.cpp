@@ -14,6 +14,7 @@ void run_fault(int which, const float* x, float* y, int n, bool faulty);
 #endif
 void bind_cuda_activation(pybind11::module_& module);
 void bind_cuda_adamw(pybind11::module_& module);
+void bind_cuda_attention(pybind11::module_& module);
 void bind_cuda_cross_entropy(pybind11::module_& module);
 void bind_cuda_norm(pybind11::module_& module);
 void bind_cuda_rotary(pybind11::module_& module);
@@ -24,6 +25,7 @@ PYBIND11_MODULE(FIVEDP_CUDA_MODULE, module) {
     module.doc() = "Local arithmetic on a GPU; see fivedp.kernels.cuda";
     fivedp::bind_cuda_activation(module);
     fivedp::bind_cuda_adamw(module);
+    fivedp::bind_cuda_attention(module);
     fivedp::bind_cuda_cross_entropy(module);
     fivedp::bind_cuda_norm(module);
     fivedp::bind_cuda_rotary(module);

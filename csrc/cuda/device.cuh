@@ -85,6 +85,16 @@ FIVEDP_DEVICE std::uint32_t warp_ballot(bool value) {
 FIVEDP_DEVICE int count_bits(std::uint32_t value) {
     return __popc(value);
 }
+// The same number, but what is made of it in a loop is made there each time: where there are many addresses, kept ones
+// would take the registers of sums.
+FIVEDP_DEVICE int computed_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+// Of a number that is not 0.
+FIVEDP_DEVICE int highest_bit(std::uint32_t value) {
+    return 31 - __clz(static_cast<int>(value));
+}
 
 FIVEDP_DEVICE int atomic_add(int* to, int value) {
     return atomicAdd(to, value);
@@ -108,7 +118,7 @@ FIVEDP_DEVICE float fast_exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// 1 / x to 1 ulp for normal x.
+// 1 / x to 1 ulp, of numbers that are not subnormal.
 FIVEDP_DEVICE float fast_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,9 +1,9 @@
 // RMSNorm and LayerNorm of rows, with the sum of a residual before them; forward and backward.
 //
 // A row is read once, kept in registers as it is stored (8 pieces of 16 bytes a thread, 2 in the backward: rows of up
-// to 32 or 8 KB; what is longer is read again, from the L2 cache), summed in a fixed tree, scaled and written. LayerNorm
-// takes the mean first and then the squares of the differences, from the registers: nothing cancels.
-// Bytes: each element read once and written once, twice with a residual; about 4 FLOPs an element, 12 in the backward.
+// to 32 or 8 KB; what is longer is read again, from the L2 cache), summed in a fixed tree, scaled and written.
+// LayerNorm takes the mean first and then the squares of the differences, from the registers: nothing cancels. Bytes:
+// each element read once and written once, twice with a residual; about 4 FLOPs an element, 12 in the backward.
 //
 // Gradients of gain and bias are sums over rows. A block of the backward goes through rows b, b + n, ... and keeps its
 // sums in shared memory; element e of piece p lies at e * pieces + p, so that the lanes of a warp meet different banks.

@@ -136,6 +136,12 @@ inline std::uint32_t warp_ballot(bool value) {
 inline int count_bits(std::uint32_t value) {
     return __builtin_popcount(value);
 }
+inline int computed_here(int value) {
+    return value;
+}
+inline int highest_bit(std::uint32_t value) {
+    return 31 - __builtin_clz(value);
+}
 
 inline int atomic_add(int* to, int value) {
     const int old = *to;

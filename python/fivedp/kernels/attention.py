@@ -4,10 +4,13 @@ A state is what the keys seen so far have made of each query: the largest logit,
 the weighted values, neither normalised nor rounded to 16 bits. `forward` takes a state up where another call left it,
 so the blocks of a ring need no merging; `finish` divides once, at the end. Which query sees which key depends on
 (document, position) of the two alone, so any placement of tokens is one code path.
+
+CuPy arrays are served by `fivedp.kernels.cuda.attention`, which has the same functions.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fivedp import _cpu
-from fivedp.kernels._select import raw, sum_type
+from fivedp.kernels._select import is_cupy, raw, sum_type
 
 Array = Any
 Places = npt.NDArray[np.int32]
@@ -81,6 +84,9 @@ class State:
 
 def empty_state(q: Array, v_size: int) -> State:
     """The state of queries (B, S, H, D) that have seen no key, for values of `v_size` elements."""
+    if is_cupy(q):
+        empty: State = _on_gpu().empty_state(q, v_size)
+        return empty
     batch, queries, heads, _ = q.shape
     dtype = sum_type(q.dtype)
     return State(
@@ -111,12 +117,18 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> None:
     TypeError
         Element types other than those above.
     """
+    if is_cupy(q):
+        _on_gpu().forward(q, k, v, mask, state)
+        return
     q_rows, k_rows, v_rows = _rows(q=q, k=k, v=v)
     _cpu.attention_forward(q_rows, k_rows, v_rows, mask._packed(), state.highest, state.total, state.output)
 
 
 def join(states: Sequence[State]) -> State:
     """The state of queries that have seen the keys of all `states`, added in their order."""
+    if is_cupy(states[0].total):
+        joined: State = _on_gpu().join(states)
+        return joined
     highest = np.maximum.reduce([state.highest for state in states])
     from_here = np.where(np.isneginf(highest), 0, highest)
     total, output = np.zeros_like(highest), np.zeros_like(states[0].output)
@@ -133,6 +145,8 @@ def finish(state: State, out: Array) -> Array:
 
     A row that has seen no key gives zeros and -inf.
     """
+    if is_cupy(out):
+        return _on_gpu().finish(state, out)
     lse = np.empty_like(state.highest)
     _cpu.attention_finish(state.highest, state.total, state.output, raw(out, "attention: out"), lse)
     return lse
@@ -140,6 +154,8 @@ def finish(state: State, out: Array) -> Array:
 
 def delta(d_out: Array, out: Array) -> Array:
     """(B, H, S) in the type of sums: the sum over a row of d_out * out, which the backward needs."""
+    if is_cupy(out):
+        return _on_gpu().delta(d_out, out)
     batch, queries, heads, _ = out.shape
     result = np.empty((batch, heads, queries), sum_type(out.dtype))
     d_out_rows, out_rows = _rows(d_out=d_out, out=out)
@@ -171,8 +187,15 @@ def backward(
     d_q, d_k, d_v
         Of the shapes of q, k and v, contiguous, in the type of sums; added to.
     """
+    if is_cupy(q):
+        _on_gpu().backward(d_out, q, k, v, mask, lse, delta_rows, d_q, d_k, d_v)
+        return
     d_out_rows, q_rows, k_rows, v_rows = _rows(d_out=d_out, q=q, k=k, v=v)
     _cpu.attention_backward(d_out_rows, q_rows, k_rows, v_rows, mask._packed(), lse, delta_rows, d_q, d_k, d_v)
+
+
+def _on_gpu() -> Any:
+    return importlib.import_module("fivedp.kernels.cuda.attention")
 
 
 def _rows(**arrays: Array) -> list[Array]:

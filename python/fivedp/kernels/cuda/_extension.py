@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fivedp.kernels._select import raw
+from fivedp.kernels._select import library_of, raw
 
-__all__ = ["empty_like", "extension", "is_built", "optional_raw", "raw", "stream_of"]
+__all__ = ["empty_like", "extension", "is_built", "library_of", "optional_raw", "raw", "stream_of"]
 
 
 @functools.cache
