@@ -10,12 +10,14 @@
 
 namespace fivedp {
 void bind_cuda_gemm(pybind11::module_& module);
+void bind_cuda_grouped(pybind11::module_& module);
 void bind_cuda_pointwise(pybind11::module_& module);
 }  // namespace fivedp
 
 PYBIND11_MODULE(FIVEDP_CUDA_MODULE, module) {
     module.doc() = "Local arithmetic on a GPU; see fivedp.kernels.cuda";
     fivedp::bind_cuda_gemm(module);
+    fivedp::bind_cuda_grouped(module);
     fivedp::bind_cuda_pointwise(module);
 #ifdef FIVEDP_CUDA_EMULATED
     module.def("set_seed", &fivedp::emulation::set_seed);
