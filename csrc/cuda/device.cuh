@@ -112,6 +112,20 @@ FIVEDP_DEVICE void store_release(int* to, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
+// a b and a + b rounded as they stand: the compiler fuses them with nothing.
+FIVEDP_DEVICE float rounded_product(float a, float b) {
+    return __fmul_rn(a, b);
+}
+FIVEDP_DEVICE double rounded_product(double a, double b) {
+    return __dmul_rn(a, b);
+}
+FIVEDP_DEVICE float rounded_sum(float a, float b) {
+    return __fadd_rn(a, b);
+}
+FIVEDP_DEVICE double rounded_sum(double a, double b) {
+    return __dadd_rn(a, b);
+}
+
 // 2^x to 2 ulp, with subnormal results flushed.
 FIVEDP_DEVICE float fast_exp2(float x) {
     float y;

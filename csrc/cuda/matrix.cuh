@@ -49,6 +49,20 @@ FIVEDP_DEVICE void warp_load_transposed(std::uint32_t (&to)[4], const void* row)
                  : "memory");
 }
 
+// Either of the two, chosen at run time without a branch; `transposed` is the same in all lanes.
+FIVEDP_DEVICE void warp_load_either(std::uint32_t (&to)[4], const void* row, bool transposed) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.s32 p, %5, 0;\n"
+        "@p ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+        "@!p ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+        "}"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+        : "r"(shared_address(row)), "r"(static_cast<int>(transposed))
+        : "memory");
+}
+
 // d += a b, with products and sums in float.
 template <class T>
 FIVEDP_DEVICE void warp_multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
@@ -81,6 +95,14 @@ FIVEDP_DEVICE void warp_multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4]
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// m8n8k4 of doubles: `a` is row group, k = pair; `b` is k = pair, column group; d0, d1 are row group, columns 2 * pair
+// and 2 * pair + 1.
+FIVEDP_DEVICE void warp_multiply_f64(double& d0, double& d1, double a, double b) {
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+d"(d0), "+d"(d1)
+                 : "d"(a), "d"(b));
 }
 
 #else

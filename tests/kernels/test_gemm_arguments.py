@@ -140,5 +140,5 @@ def test_threads_below_one_are_refused() -> None:
 
 def test_an_unknown_backend_is_refused(backend_from: Callable[[str], None]) -> None:
     backend_from("magic")
-    with pytest.raises(ValueError, match="'fivedp' or 'blas'"):
+    with pytest.raises(ValueError, match="'fivedp', 'blas' or 'canonical'"):
         kernel.gemm_backend()

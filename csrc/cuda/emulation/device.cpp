@@ -38,6 +38,7 @@ int running = -1;
 const std::function<void()>* body = nullptr;
 std::mt19937_64 order(1);
 std::vector<char> shared;
+const char* broken = nullptr;  // what a kernel did that a GPU would not do
 
 void leave() {
     swapcontext(&fibers[static_cast<std::size_t>(running)].context, &scheduler);
@@ -136,6 +137,9 @@ void wait(int pending) {
         me().groups.pop_front();
     }
 }
+void expect(bool holds, const char* what) {
+    if (!holds) broken = what;
+}
 void set_seed(std::uint64_t seed) {
     order.seed(seed);
 }
@@ -167,6 +171,11 @@ void run_grid(std::int64_t x, std::int64_t y, std::int64_t z, int n, std::int64_
             makecontext(&fiber.context, enter, 0);
         }
         run_block(n);
+        if (broken != nullptr) {
+            const std::string what = broken;
+            broken = nullptr;
+            throw std::runtime_error("emulated GPU: " + what);
+        }
     }
 }
 

@@ -45,6 +45,8 @@ void pause();
 
 void run_grid(std::int64_t x, std::int64_t y, std::int64_t z, int threads, std::int64_t shared_bytes,
               const std::function<void()>& kernel);
+// A launch in which this did not hold ends with an error; `what` is a sentence about an access.
+void expect(bool holds, const char* what);
 // The order in which warps run from now on.
 void set_seed(std::uint64_t seed);
 
@@ -161,6 +163,15 @@ inline void store_release(int* to, int value) {
     *to = value;
 }
 
+template <class T>
+T rounded_product(T a, T b) {
+    return a * b;
+}
+template <class T>
+T rounded_sum(T a, T b) {
+    return a + b;
+}
+
 inline float bits_as_float(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -212,6 +223,7 @@ inline std::uint32_t pack_half_pair(float low, float high) {
 }
 
 // What CUDA's own library has under these names.
+using std::erfc;
 using std::exp;
 using std::exp2;
 using std::fma;

@@ -2,6 +2,9 @@
 // Included inside namespace fivedp.
 
 inline void copy_async_16(void* to, const void* from, int n) {
+    emulation::expect(
+        reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && reinterpret_cast<std::uintptr_t>(from) % 16 == 0,
+        "a copy of 16 bytes is not aligned to 16");
     std::memset(to, 0xff, 16);
     emulation::later([=] {
         std::memset(to, 0, 16);
@@ -81,6 +84,9 @@ inline void warp_load_matrices(std::uint32_t (&to)[4], const void* row) {
 inline void warp_load_transposed(std::uint32_t (&to)[4], const void* row) {
     emulation::load_matrices(to, row, true);
 }
+inline void warp_load_either(std::uint32_t (&to)[4], const void* row, bool transposed) {
+    emulation::load_matrices(to, row, transposed);
+}
 
 template <class T>
 void warp_multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
@@ -115,5 +121,24 @@ inline void warp_multiply_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::
                 to[i] = static_cast<float>(sum);
             }
         }
+    });
+}
+
+inline void warp_multiply_f64(double& d0, double& d1, double a, double b) {
+    struct Slot {
+        double *d0, *d1;
+        double a, b;
+    } slot{&d0, &d1, a, b};
+    emulation::meet_warp(&slot, [](void** slots) {
+        double left[8][4], right[4][8];
+        for (int l = 0; l < 32; ++l) {
+            left[l / 4][l % 4] = static_cast<Slot*>(slots[l])->a;
+            right[l % 4][l / 4] = static_cast<Slot*>(slots[l])->b;
+        }
+        for (int l = 0; l < 32; ++l)
+            for (int i = 0; i < 2; ++i) {
+                double& sum = i == 0 ? *static_cast<Slot*>(slots[l])->d0 : *static_cast<Slot*>(slots[l])->d1;
+                for (int k = 0; k < 4; ++k) sum = std::fma(left[l / 4][k], right[k][2 * (l % 4) + i], sum);
+            }
     });
 }

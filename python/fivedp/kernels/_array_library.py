@@ -16,6 +16,15 @@ Array = Any
 DEFAULT_SHARDS = 8
 
 
+def same_library_as(array: Array) -> Any:
+    """NumPy for its arrays, else CuPy."""
+    if isinstance(array, np.ndarray):
+        return np
+    import cupy
+
+    return cupy
+
+
 def default_cuts(k: int, n_shards: int = DEFAULT_SHARDS) -> list[int]:
     """Borders of `n_shards` virtual shards of `k`, cut as `numpy.array_split` cuts."""
     return [shard * (k // n_shards) + min(shard, k % n_shards) for shard in range(n_shards + 1)]
@@ -78,15 +87,24 @@ def check_shapes(a: Sequence[Array], b: Sequence[Array], c: Array) -> int:
 def whole_product(
     xp: Any, a: Sequence[Array], b: Sequence[Array], c: Array, alpha: float | complex, beta: float | complex
 ) -> None:
-    """C = alpha * A B + beta * C in one call of the library over all of K."""
+    """C = alpha * A B + beta * C in one call of the library over all of K.
+
+    Where beta is 0 and C is of the product's type and contiguous, or the transpose of what is, the library writes C
+    itself; elsewhere the product is made first.
+    """
     check_shapes(a, b, c)
     left, right = _join(xp, a, -1), _join(xp, b, -2)
     if xp is np:
         left, right = _wide(left), _wide(right)
-    if beta == 0 and left.dtype == c.dtype and xp is np:
-        np.matmul(left, right, out=c)
+    if beta == 0 and left.dtype == c.dtype:
+        # CuPy makes a temporary for an `out` that is not C-contiguous: the transposed product is the same.
+        turned = c.swapaxes(-1, -2)
+        if xp is not np and not c.flags.c_contiguous and turned.flags.c_contiguous:
+            xp.matmul(right.swapaxes(-1, -2), left.swapaxes(-1, -2), out=turned)
+        else:
+            xp.matmul(left, right, out=c)
         if alpha != 1:
-            np.multiply(c, c.dtype.type(alpha), out=c)
+            xp.multiply(c, c.dtype.type(alpha), out=c)
         return
     finish(xp.matmul(left, right), c, alpha, beta)
 

@@ -1,7 +1,8 @@
 """Which kernels serve an array: the CPU extension, or the array library itself.
 
 Arrays are told apart by their type, without importing CuPy where nobody else has. FIVEDP_GEMM=blas replaces the
-extension's products by NumPy's (fast where its BLAS is, without the promise on bits).
+extension's products by NumPy's (fast where its BLAS is, without the promise on bits); FIVEDP_GEMM=canonical replaces
+cuBLAS, which multiplies CuPy arrays by default, by the extension's own product with its fixed order.
 """
 
 from __future__ import annotations
@@ -30,22 +31,26 @@ def library_of(array: Any) -> Any:
 
 
 @functools.cache
-def gemm_backend() -> Literal["fivedp", "blas"]:
-    """What multiplies NumPy arrays: the extension's own kernels, or NumPy's BLAS where FIVEDP_GEMM is ``blas``.
+def gemm_backend() -> Literal["fivedp", "blas", "canonical"]:
+    """What multiplies: FIVEDP_GEMM.
 
-    Asked once: a small product has no time to read the environment.
+    ``fivedp``, the default, is the extension's own kernels for NumPy arrays and cuBLAS for CuPy's; ``blas`` the array
+    library's product for both; ``canonical`` the extension's own for both. Asked once: a small product has no time to
+    read the environment.
 
     Raises
     ------
     ValueError
-        Where FIVEDP_GEMM is neither ``fivedp`` nor ``blas``.
+        Where FIVEDP_GEMM is none of these.
     """
     wanted = os.environ.get("FIVEDP_GEMM") or "fivedp"
     if wanted == "blas":
         return "blas"
+    if wanted == "canonical":
+        return "canonical"
     if wanted == "fivedp":
         return "fivedp"
-    raise ValueError(f"FIVEDP_GEMM is {wanted!r}; 'fivedp' or 'blas' would be right")
+    raise ValueError(f"FIVEDP_GEMM is {wanted!r}; 'fivedp', 'blas' or 'canonical' would be right")
 
 
 def raw(array: Any, who: str) -> Any:

@@ -11,6 +11,9 @@ are this call's own.
 
 Every element has the bits that `gemm` gives for its row and expert, whatever the number of rows in the group, the
 threads or the tiles. Types: float32, float64, and bfloat16 with sums in float32. Results are written in place.
+
+For CuPy arrays the three products are those of `fivedp.kernels.cuda.grouped`: `offsets` lies on the device as well,
+`Rows` are those of that module, `progress` and `tiles` are not needed, and 0 is returned.
 """
 
 from __future__ import annotations
@@ -108,6 +111,11 @@ def grouped_matmul(
     TypeError
         Element types other than those above.
     """
+    if is_cupy(out):
+        from fivedp.kernels.cuda import grouped
+
+        grouped.grouped_matmul(x, w, offsets, out)
+        return 0
     return _cpu.grouped_matmul(
         _operand(x, "grouped_matmul: x"),
         _weights(w, "grouped_matmul: w"),
@@ -147,6 +155,11 @@ def grouped_outer(
     ValueError, TypeError
         As in `grouped_matmul`.
     """
+    if is_cupy(out):
+        from fivedp.kernels.cuda import grouped
+
+        grouped.grouped_outer(x, dy, offsets, out)
+        return 0
     return _cpu.grouped_outer(
         _rows(x, "grouped_outer: x"),
         _rows(dy, "grouped_outer: dy"),
@@ -200,6 +213,11 @@ def expert_hidden(
     For bfloat16 the activation is of gate and up as they are stored, rounded to bfloat16, whether they are kept or not:
     so the backward, which knows only the stored ones, differentiates the function that was computed.
     """
+    if is_cupy(hidden):
+        from fivedp.kernels.cuda import grouped
+
+        grouped.expert_hidden(x, w_gate, w_up, offsets, hidden, gate=gate, up=up, activation=activation)
+        return 0
     return _cpu.expert_hidden(
         _rows(x, "expert_hidden: x"),
         _optional(w_gate, "expert_hidden: w_gate"),

@@ -71,7 +71,7 @@ def gemm(
     """
     if type(a_pieces) is np.ndarray and type(b_pieces) is np.ndarray:
         dtype = a_pieces.dtype
-        if (dtype is _F32 or dtype is _F64) and gemm_backend() == "fivedp":
+        if (dtype is _F32 or dtype is _F64) and gemm_backend() != "blas":
             _cpu.gemm(a_pieces, b_pieces, c, cuts, alpha, beta, progress)  # the checks are there
             return
     a = [a_pieces] if hasattr(a_pieces, "dtype") else list(a_pieces)
@@ -79,6 +79,11 @@ def gemm(
     if is_cupy(c):
         import cupy
 
+        if gemm_backend() == "canonical" and c.dtype.kind != "c":
+            from fivedp.kernels.cuda import gemm as on_device
+
+            on_device.gemm(a, b, c, cuts=cuts, alpha=float(alpha.real), beta=float(beta.real))
+            return
         _array_library.whole_product(cupy, a, b, c, alpha, beta)
     elif a and getattr(a[0], "dtype", _F32).kind == "c":
         _array_library.shard_product(a, b, c, cuts, alpha, beta)

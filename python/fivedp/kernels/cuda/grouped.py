@@ -1,0 +1,178 @@
+"""Products of rows grouped by expert on a GPU: the meaning of `fivedp.kernels.experts`, with the groups' borders there.
+
+`offsets` is an int64 array in device memory; no function reads it on the host, so nothing waits for the kernels that
+count. It rises from 0 to at most R; rows after the last border are left as they are. All of K is one virtual shard:
+an element's bits depend on its row and its expert alone, and are those of `fivedp.kernels.cuda.gemm.gemm` with
+``cuts=(0, K)`` where K is one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fivedp.kernels._array_library import same_library_as
+from fivedp.kernels.cuda._extension import extension, raw, stream_of
+
+__all__ = ["Rows", "expert_hidden", "grouped_matmul", "grouped_outer"]
+
+Array = Any
+
+
+class Rows:
+    """Rows that lie anywhere in device memory: row i is ``arrays[source[i]][index[i]]``.
+
+    Parameters
+    ----------
+    arrays : sequence of arrays, each (T_s, H)
+        Of one type, contiguous along H, any stride between rows; kept alive by this object.
+    source : integer array (R,), or None for one array
+        Which array; in device memory.
+    index : integer array (R,)
+        Which of its rows; in device memory. Entries are not checked: that would wait for the device.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arrays that do not fit together.
+    """
+
+    def __init__(self, arrays: Sequence[Array], source: Array | None, index: Array) -> None:
+        arrays = [raw(array, "Rows: an array") for array in arrays]
+        first = arrays[0]
+        for array in arrays:
+            if array.ndim != 2 or array.shape[1] != first.shape[1]:
+                raise ValueError(f"Rows: an array has shape {array.shape}; (rows, {first.shape[-1]}) would be right")
+            if array.dtype != first.dtype:
+                raise TypeError(f"Rows: arrays are of {first.dtype} and {array.dtype}; one type would be right")
+            if array.shape[1] > 1 and array.strides[1] != array.itemsize:
+                raise ValueError("Rows: an array is not contiguous along its rows; contiguous rows would be right")
+        if source is None and len(arrays) != 1:
+            raise ValueError(f"Rows: source is None and there are {len(arrays)} arrays; one array would be right")
+        xp = same_library_as(index)
+        begins, strides = [_address(array) for array in arrays], [int(array.strides[0]) for array in arrays]
+        index = index.astype(np.int64)
+        if source is None:
+            self.addresses = index * strides[0] + begins[0]
+        else:
+            self.addresses = index * xp.asarray(strides, np.int64)[source] + xp.asarray(begins, np.int64)[source]
+        self.aligned = all(number % 16 == 0 for number in (*begins, *strides))
+        self.type = first.dtype.str[1:]
+        self.columns = int(first.shape[1])
+        self.shape = (int(index.shape[0]), self.columns)
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def grouped_matmul(
+    x: Array | Rows | Sequence[Array | Rows], w: Array | Sequence[Array], offsets: Array, out: Array
+) -> None:
+    """out[i] = x[i] @ w[e] for the rows i of every group e.
+
+    Parameters
+    ----------
+    x : (R, K) array or Rows, or a sequence of such pieces along K
+        float32, float64, bfloat16 or float16; any strides.
+    w : (E, K, N) array, or a sequence of such pieces along K, cut like x
+        Any strides: a transposed view is multiplied as fast.
+    offsets : int64 (E + 1,)
+        In device memory: borders of the groups.
+    out : (R, N)
+        The type of x, or float32 where that has 16 bits. Any strides; must not overlap the operands.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes or types that do not fit together.
+    """
+    xs = list(x) if isinstance(x, list | tuple) else [x]
+    ws = list(w) if isinstance(w, list | tuple) else [w]
+    extension().grouped_matmul(
+        [_rows(piece, "grouped_matmul: x") for piece in xs],
+        [raw(piece, "grouped_matmul: w") for piece in ws],
+        offsets,
+        raw(out, "grouped_matmul: out"),
+        stream_of(out),
+    )
+
+
+def grouped_outer(x: Array | Rows, dy: Array | Rows, offsets: Array, out: Array) -> None:
+    """out[e] = x_e^T @ dy_e, the sum over the rows of every group e, in their order; zeros for an empty group.
+
+    Parameters
+    ----------
+    x : (R, K) array or Rows
+    dy : (R, N) array or Rows
+    offsets : int64 (E + 1,)
+        In device memory.
+    out : (E, K, N)
+        The type of x, or float32 where that has 16 bits. Any strides; must not overlap the operands.
+    """
+    extension().grouped_outer(
+        _rows(x, "grouped_outer: x"),
+        _rows(dy, "grouped_outer: dy"),
+        offsets,
+        raw(out, "grouped_outer: out"),
+        stream_of(out),
+    )
+
+
+def expert_hidden(
+    x: Array | Rows,
+    w_gate: Array | None,
+    w_up: Array,
+    offsets: Array,
+    hidden: Array,
+    *,
+    gate: Array | None = None,
+    up: Array | None = None,
+    activation: str = "swiglu",
+) -> None:
+    """hidden = silu(x Wg) * (x Wu), or an activation of x Wu alone, group by group; both products in one kernel.
+
+    Parameters
+    ----------
+    x : (R, H) array or Rows
+    w_gate : (E, H, F), or None for an activation without gate
+    w_up : (E, H, F)
+        Any strides; the same as those of w_gate for the fastest copies.
+    offsets : int64 (E + 1,)
+        In device memory.
+    hidden : (R, F)
+        Written, in the type of x.
+    gate, up : (R, F), optional
+        Where given, x Wg and x Wu are kept here, in the type of x, for the backward.
+    activation : str
+        "swiglu" with w_gate; "gelu" (of erf), "gelu_tanh", "relu" or "silu" without.
+
+    Notes
+    -----
+    For 16-bit types the activation is of gate and up as they are stored, whether they are kept or not.
+    """
+
+    def optional(array: Array | None, who: str) -> Any:
+        return None if array is None else raw(array, who)
+
+    extension().expert_hidden(
+        _rows(x, "expert_hidden: x"),
+        optional(w_gate, "expert_hidden: w_gate"),
+        raw(w_up, "expert_hidden: w_up"),
+        offsets,
+        raw(hidden, "expert_hidden: hidden"),
+        optional(gate, "expert_hidden: gate"),
+        optional(up, "expert_hidden: up"),
+        activation,
+        stream_of(hidden),
+    )
+
+
+def _rows(x: Array | Rows, who: str) -> Any:
+    return x if isinstance(x, Rows) else raw(x, who)
+
+
+def _address(array: Array) -> int:
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
