@@ -10,7 +10,7 @@ import numpy as np
 
 from fivedp.kernels._select import raw
 
-__all__ = ["extension", "raw", "stream_of"]
+__all__ = ["array_library", "extension", "host_copy", "raw", "stream_of"]
 
 
 @functools.cache
@@ -38,3 +38,17 @@ def stream_of(array: Any) -> int:
     import cupy
 
     return int(cupy.cuda.get_current_stream(array.device.id).ptr)
+
+
+def array_library(array: Any) -> Any:
+    """The library that makes arrays where `array` is: CuPy, or NumPy for the emulated GPU."""
+    if isinstance(array, np.ndarray):
+        return np
+    import cupy
+
+    return cupy
+
+
+def host_copy(array: Any) -> Any:
+    """A NumPy array with the values of a device array, once the work before it on the current stream is done."""
+    return array.copy() if isinstance(array, np.ndarray) else array.get()
