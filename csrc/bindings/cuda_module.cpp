@@ -9,6 +9,7 @@
 #endif
 
 namespace fivedp {
+void bind_cuda_dispatch(pybind11::module_& module);
 void bind_cuda_expert_rows(pybind11::module_& module);
 void bind_cuda_pointwise(pybind11::module_& module);
 void bind_cuda_routing(pybind11::module_& module);
@@ -16,6 +17,7 @@ void bind_cuda_routing(pybind11::module_& module);
 
 PYBIND11_MODULE(FIVEDP_CUDA_MODULE, module) {
     module.doc() = "Local arithmetic on a GPU; see fivedp.kernels.cuda";
+    fivedp::bind_cuda_dispatch(module);
     fivedp::bind_cuda_expert_rows(module);
     fivedp::bind_cuda_pointwise(module);
     fivedp::bind_cuda_routing(module);
