@@ -16,10 +16,13 @@ void bind_cuda_activation(pybind11::module_& module);
 void bind_cuda_adamw(pybind11::module_& module);
 void bind_cuda_attention(pybind11::module_& module);
 void bind_cuda_cross_entropy(pybind11::module_& module);
+void bind_cuda_dispatch(pybind11::module_& module);
+void bind_cuda_expert_rows(pybind11::module_& module);
 void bind_cuda_gemm(pybind11::module_& module);
 void bind_cuda_grouped(pybind11::module_& module);
 void bind_cuda_norm(pybind11::module_& module);
 void bind_cuda_rotary(pybind11::module_& module);
+void bind_cuda_routing(pybind11::module_& module);
 void bind_cuda_tree_sum(pybind11::module_& module);
 }  // namespace fivedp
 
@@ -29,10 +32,13 @@ PYBIND11_MODULE(FIVEDP_CUDA_MODULE, module) {
     fivedp::bind_cuda_adamw(module);
     fivedp::bind_cuda_attention(module);
     fivedp::bind_cuda_cross_entropy(module);
+    fivedp::bind_cuda_dispatch(module);
+    fivedp::bind_cuda_expert_rows(module);
     fivedp::bind_cuda_gemm(module);
     fivedp::bind_cuda_grouped(module);
     fivedp::bind_cuda_norm(module);
     fivedp::bind_cuda_rotary(module);
+    fivedp::bind_cuda_routing(module);
     fivedp::bind_cuda_tree_sum(module);
 #ifdef FIVEDP_CUDA_EMULATED
     module.def("set_seed", &fivedp::emulation::set_seed);

@@ -95,12 +95,32 @@ FIVEDP_DEVICE int computed_here(int value) {
 FIVEDP_DEVICE int highest_bit(std::uint32_t value) {
     return 31 - __clz(static_cast<int>(value));
 }
+// The place of the lowest bit that is set; value is not 0.
+FIVEDP_DEVICE int lowest_bit(std::uint32_t value) {
+    return __ffs(static_cast<int>(value)) - 1;
+}
+// The lanes that have the same value.
+FIVEDP_DEVICE std::uint32_t warp_match(int value) {
+    return __match_any_sync(0xffffffffu, value);
+}
+FIVEDP_DEVICE std::uint32_t warp_highest(std::uint32_t value) {
+    return __reduce_max_sync(0xffffffffu, value);
+}
+FIVEDP_DEVICE std::uint32_t warp_lowest(std::uint32_t value) {
+    return __reduce_min_sync(0xffffffffu, value);
+}
 
 FIVEDP_DEVICE int atomic_add(int* to, int value) {
     return atomicAdd(to, value);
 }
 FIVEDP_DEVICE float atomic_add(float* to, float value) {
     return atomicAdd(to, value);
+}
+FIVEDP_DEVICE void atomic_add(std::int64_t* to, std::int64_t value) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+FIVEDP_DEVICE void atomic_lower(std::int64_t* to, std::int64_t value) {
+    atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(value));
 }
 // What other blocks wrote before they raised a flag is seen after it was read.
 FIVEDP_DEVICE int load_acquire(const int* from) {
@@ -167,6 +187,30 @@ FIVEDP_DEVICE float bits_as_float(std::uint32_t bits) {
 FIVEDP_DEVICE std::uint32_t float_as_bits(float value) {
     return __float_as_uint(value);
 }
+FIVEDP_DEVICE double bits_as_double(std::uint64_t bits) {
+    return __longlong_as_double(static_cast<long long>(bits));
+}
+FIVEDP_DEVICE std::uint64_t double_as_bits(double value) {
+    return static_cast<std::uint64_t>(__double_as_longlong(value));
+}
+// To nearest, ties to even.
+FIVEDP_DEVICE std::int64_t rounded(double value) {
+    return __double2ll_rn(value);
+}
+// x y, rounded: the compiler makes no fused multiply-add of it and the sum that it goes into.
+FIVEDP_DEVICE float product(float x, float y) {
+    return __fmul_rn(x, y);
+}
+FIVEDP_DEVICE double product(double x, double y) {
+    return __dmul_rn(x, y);
+}
+// x y + z, rounded once.
+FIVEDP_DEVICE float fused(float x, float y, float z) {
+    return __fmaf_rn(x, y, z);
+}
+FIVEDP_DEVICE double fused(double x, double y, double z) {
+    return __fma_rn(x, y, z);
+}
 FIVEDP_DEVICE float half_bits_as_float(std::uint16_t bits) {
     return __half2float(__ushort_as_half(bits));
 }
@@ -185,6 +229,36 @@ FIVEDP_DEVICE std::uint32_t pack_half_pair(float low, float high) {
     std::uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
+}
+
+// 16, 4 or 2 bytes as they are. A load that leaves the L1 cache alone, and a store that is the first to leave the L2
+// cache: for rows that pass by once.
+struct alignas(16) Word16 {
+    std::uint32_t at[4];
+};
+FIVEDP_DEVICE Word16 load_passing(const Word16* from) {
+    Word16 word;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word.at[0]), "=r"(word.at[1]), "=r"(word.at[2]), "=r"(word.at[3])
+                 : "l"(from));
+    return word;
+}
+FIVEDP_DEVICE std::uint32_t load_passing(const std::uint32_t* from) {
+    return *from;
+}
+FIVEDP_DEVICE std::uint16_t load_passing(const std::uint16_t* from) {
+    return *from;
+}
+FIVEDP_DEVICE void store_passing(Word16* to, Word16 word) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.at[0]), "r"(word.at[1]),
+                 "r"(word.at[2]), "r"(word.at[3])
+                 : "memory");
+}
+FIVEDP_DEVICE void store_passing(std::uint32_t* to, std::uint32_t word) {
+    *to = word;
+}
+FIVEDP_DEVICE void store_passing(std::uint16_t* to, std::uint16_t word) {
+    *to = word;
 }
 
 inline void check_cuda(cudaError_t status, const char* what) {

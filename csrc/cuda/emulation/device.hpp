@@ -145,6 +145,34 @@ inline int highest_bit(std::uint32_t value) {
     return 31 - __builtin_clz(value);
 }
 
+inline int lowest_bit(std::uint32_t value) {
+    return __builtin_ctz(value);
+}
+inline std::uint32_t warp_match(int value) {
+    struct Slot {
+        int value;
+        std::uint32_t result;
+    } slot{value, 0};
+    emulation::meet_warp(&slot, [](void** slots) {
+        for (int i = 0; i < 32; ++i) {
+            Slot* const mine = static_cast<Slot*>(slots[i]);
+            for (int j = 0; j < 32; ++j)
+                mine->result |= static_cast<std::uint32_t>(static_cast<Slot*>(slots[j])->value == mine->value) << j;
+        }
+    });
+    return slot.result;
+}
+inline std::uint32_t warp_highest(std::uint32_t value) {
+    for (int half = 16; half > 0; half /= 2) {
+        const std::uint32_t other = warp_xor(value, half);
+        value = value > other ? value : other;
+    }
+    return value;
+}
+inline std::uint32_t warp_lowest(std::uint32_t value) {
+    return ~warp_highest(~value);
+}
+
 inline int atomic_add(int* to, int value) {
     const int old = *to;
     *to = old + value;
@@ -154,6 +182,12 @@ inline float atomic_add(float* to, float value) {
     const float old = *to;
     *to = old + value;
     return old;
+}
+inline void atomic_add(std::int64_t* to, std::int64_t value) {
+    *to += value;
+}
+inline void atomic_lower(std::int64_t* to, std::int64_t value) {
+    *to = value < *to ? value : *to;
 }
 inline int load_acquire(const int* from) {
     emulation::pause();
@@ -181,6 +215,43 @@ inline std::uint32_t float_as_bits(float value) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
+}
+inline double bits_as_double(std::uint64_t bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline std::uint64_t double_as_bits(double value) {
+    std::uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline std::int64_t rounded(double value) {
+    return std::llrint(value);
+}
+// The build has -ffp-contract=off.
+inline float product(float x, float y) {
+    return x * y;
+}
+inline double product(double x, double y) {
+    return x * y;
+}
+inline float fused(float x, float y, float z) {
+    return std::fma(x, y, z);
+}
+inline double fused(double x, double y, double z) {
+    return std::fma(x, y, z);
+}
+struct alignas(16) Word16 {
+    std::uint32_t at[4];
+};
+template <class Word>
+Word load_passing(const Word* from) {
+    return *from;
+}
+template <class Word>
+void store_passing(Word* to, Word word) {
+    *to = word;
 }
 inline float fast_exp2(float x) {
     const float y = std::exp2(x);

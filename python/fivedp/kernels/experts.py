@@ -9,6 +9,8 @@ first, that all of them see. Each takes tiles from the first, counts in the seco
 the number of all tiles when none is left; the job is done when the second has come to that number. Without `tiles` all
 are this call's own.
 
+CuPy arrays are served by `fivedp.kernels.cuda`, as far as it has the function.
+
 Every element has the bits that `gemm` gives for its row and expert, whatever the number of rows in the group, the
 threads or the tiles. Types: float32, float64, and bfloat16 with sums in float32. Results are written in place.
 
@@ -67,12 +69,19 @@ class Rows:
 
     Notes
     -----
-    Entries are checked and turned into pointers once, here; the arrays' values are read when a kernel is called.
+    Entries are checked and turned into pointers once, here; the arrays' values are read when a kernel is called. On the
+    GPU entries are read by the kernels alone: see `fivedp.kernels.cuda.rows.CudaRows`.
     """
 
     def __init__(self, arrays: Sequence[Array], source: npt.NDArray[np.int32], index: npt.NDArray[np.int32]) -> None:
         arrays = list(arrays)
-        self._table = _cpu.RowTable([raw(array, "Rows: an array") for array in arrays], source, index)
+        self._table: Any
+        if arrays and is_cupy(arrays[0]):
+            from fivedp.kernels.cuda.rows import CudaRows
+
+            self._table = CudaRows(arrays, source, index)
+        else:
+            self._table = _cpu.RowTable([raw(array, "Rows: an array") for array in arrays], source, index)
         self.dtype: np.dtype[Any] = arrays[0].dtype
         self.shape: tuple[int, int] = (len(index), int(arrays[0].shape[1]))
 
@@ -347,6 +356,9 @@ def combine_rows(
     TypeError
         Element types other than those above.
     """
+    if is_cupy(out):
+        _gpu().combine_rows(_only_rows(rows, "combine_rows: rows"), starts, weights, experts, n_experts, out)
+        return
     _cpu.combine_rows(
         _only_rows(rows, "combine_rows: rows"), starts, weights, experts, n_experts, raw(out, "combine_rows: out")
     )
@@ -354,6 +366,9 @@ def combine_rows(
 
 def gather_rows(rows: Rows, out: Array) -> None:
     """Copy rows into out (R, H), of their type and contiguous along H."""
+    if is_cupy(out):
+        _gpu().gather_rows(_only_rows(rows, "gather_rows: rows"), out)
+        return
     _cpu.gather_rows(_only_rows(rows, "gather_rows: rows"), raw(out, "gather_rows: out"))
 
 
@@ -369,6 +384,9 @@ def weighted_rows(dy: Array | Rows, weights: Array, out: Array) -> None:
     out : (R, H)
         float32 or bfloat16 for dy of these types, float64 for float64; contiguous along H.
     """
+    if is_cupy(out):
+        _gpu().weighted_rows(_table_or_array(dy), weights, out)
+        return
     _cpu.weighted_rows(_rows(dy, "weighted_rows: dy"), weights, raw(out, "weighted_rows: out"))
 
 
@@ -382,7 +400,21 @@ def row_dots(a: Array | Rows, b: Array | Rows, out: Array) -> None:
     out : (R,)
         In the type of sums: float64 for float64, else float32.
     """
+    if is_cupy(out):
+        _gpu().row_dots(_table_or_array(a), _table_or_array(b), out)
+        return
     _cpu.row_dots(_rows(a, "row_dots: a"), _rows(b, "row_dots: b"), out)
+
+
+def _gpu() -> Any:
+    """The kernels for CuPy arrays; an ImportError says why where there are none."""
+    from fivedp.kernels.cuda import experts
+
+    return experts
+
+
+def _table_or_array(x: Array | Rows) -> Any:
+    return x._table if isinstance(x, Rows) else x
 
 
 def _rows(x: Array | Rows, who: str) -> Any:

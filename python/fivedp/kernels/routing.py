@@ -2,6 +2,9 @@
 
 What the losses need of all tokens comes as whole numbers (`Totals`): they can be added in any order, over any partition
 of the tokens, to the same result.
+
+CuPy arrays are served by `fivedp.kernels.cuda.routing`, with the same bits. Totals are NumPy arrays all the same, so
+such a call waits for the current stream.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fivedp import _cpu
-from fivedp.kernels._select import raw, sum_type
+from fivedp.kernels._select import is_cupy, raw, sum_type
 
 Array = Any
 Integers = npt.NDArray[np.int64]
@@ -107,12 +110,16 @@ def forward(logits: Array, top_k: int, rule: Rule) -> Routed:
     TypeError
         Element types other than those above.
     """
+    if is_cupy(logits):
+        return _read(logits, _gpu().forward(logits, top_k, rule))
     experts = np.empty((len(logits), top_k), np.int32)
     return _forward(logits, rule, experts, given=False)
 
 
 def weights(logits: Array, experts: npt.NDArray[np.int32], rule: Rule) -> Routed:
     """The weights of experts that somebody else has chosen: `experts` (T, k) has -1 in empty slots."""
+    if is_cupy(logits):
+        return _read(logits, _gpu().weights(logits, experts, rule))
     return _forward(logits, rule, np.ascontiguousarray(experts, np.int32), given=True)
 
 
@@ -126,6 +133,9 @@ def _forward(logits: Array, rule: Rule, experts: npt.NDArray[np.int32], given: b
 
 def scores(logits: Array, rule: Rule) -> tuple[Array, Totals]:
     """The scores (T, E) of all experts, in the type of sums; nothing is chosen."""
+    if is_cupy(logits):
+        found, device_totals = _gpu().scores(logits, rule)
+        return found, _read_totals(logits, device_totals)
     dtype = sum_type(logits.dtype)
     found, log_sum = np.empty(logits.shape, dtype), np.empty(len(logits), dtype)
     return found, _call(logits, 0, rule, None, False, None, log_sum, found)
@@ -145,8 +155,31 @@ def _call(
     return Totals(choices, probabilities, np.array(squares, np.int64))
 
 
+def _gpu() -> Any:
+    """The kernels for CuPy arrays; an ImportError says why where there are none."""
+    from fivedp.kernels.cuda import routing
+
+    return routing
+
+
+def _read(logits: Array, routed: Any) -> Routed:
+    return Routed(routed.experts, routed.weights, routed.log_sum, _read_totals(logits, routed.totals))
+
+
+def _read_totals(logits: Array, device_totals: Any) -> Totals:
+    invalid, unknown, totals = device_totals.read()
+    if invalid >= 0:
+        _raise_invalid(logits, invalid)
+    if unknown >= 0:
+        raise ValueError(
+            f"routing: row {unknown} of `experts` has an expert that there is not; -1 to {logits.shape[1] - 1} would "
+            "be right"
+        )
+    return Totals(*totals)
+
+
 def _raise_invalid(logits: Array, row: int) -> NoReturn:
-    values = logits[row].astype(np.float64)
+    values = (logits[row].get() if is_cupy(logits) else logits[row]).astype(np.float64)
     expert = int(np.flatnonzero(~np.isfinite(values))[0])
     raise ValueError(f"row {row} of `logits` has {values[expert]} for expert {expert}; expected finite numbers")
 
@@ -178,6 +211,8 @@ def backward(
     z_factor : float
         The z-loss is z_factor / 2 times the sum over tokens of log_sum^2.
     """
+    if is_cupy(logits):
+        return _gpu().backward(d_weights, logits, rule, chosen, kept, log_sum, balance, z_factor)
     dtype = sum_type(logits.dtype)
     d_logits = np.empty(logits.shape, dtype)
     _cpu.routing_backward(
@@ -200,6 +235,8 @@ def drop_by_position(chosen: npt.NDArray[np.int32], before: Integers, capacity: 
         the same slot of earlier tokens that are elsewhere.
     capacity : int
     """
+    if is_cupy(chosen):
+        return _gpu().drop_by_position(chosen, before, capacity)  # type: ignore[no-any-return]
     kept = np.empty(chosen.shape, np.int32)
     _cpu.routing_drop(np.ascontiguousarray(chosen), capacity, np.array(before, np.int64), kept)
     return kept

@@ -10,7 +10,7 @@ import numpy as np
 
 from fivedp.kernels._select import library_of, raw
 
-__all__ = ["empty_like", "extension", "is_built", "library_of", "optional_raw", "raw", "stream_of"]
+__all__ = ["empty_like", "extension", "host_copy", "is_built", "library_of", "optional_raw", "raw", "stream_of"]
 
 
 @functools.cache
@@ -57,8 +57,9 @@ def optional_raw(array: Any, who: str) -> Any:
 
 def empty_like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An array beside `array`, in the memory of its device."""
-    if isinstance(array, np.ndarray):
-        return np.empty(shape, dtype)
-    import cupy
+    return library_of(array).empty(shape, dtype)
 
-    return cupy.empty(shape, dtype)
+
+def host_copy(array: Any) -> Any:
+    """A NumPy array with the values of a device array, once the work before it on the current stream is done."""
+    return array.copy() if isinstance(array, np.ndarray) else array.get()
