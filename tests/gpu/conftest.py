@@ -5,11 +5,14 @@ Arrays are made with the fixture `xp`: CuPy, or NumPy for the emulated GPU, whic
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def _emulated() -> bool:
