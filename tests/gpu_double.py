@@ -486,11 +486,15 @@ def make_module(seed: int = 0) -> Any:
 
         def __getitem__(self, key: Any) -> Any:
             key = key if isinstance(key, tuple) else (key,)
+            if any(isinstance(part, list | ndarray) for part in key):
+                source, index = self.view_, tuple(host(part) for part in key)
+                return computed(source[index].shape, self.dtype, lambda: source[index])
             return ndarray(self.block, self.view_[key if Ellipsis in key else (*key, ...)])
 
         def __setitem__(self, key: Any, value: Any) -> None:
             view, source = self.view_, host(value)
-            launch(lambda: view.__setitem__(key, source))
+            place = tuple(host(part) for part in key) if isinstance(key, tuple) else host(key)
+            launch(lambda: view.__setitem__(place, source))
 
         def __len__(self) -> int:
             return len(self.view_)
@@ -505,6 +509,16 @@ def make_module(seed: int = 0) -> Any:
             return binary(np.multiply, self, other)
 
         __radd__, __rmul__ = __add__, __mul__
+
+        def __iadd__(self, other: Any) -> Any:
+            view, source = self.view_, host(other)
+            launch(lambda: np.add(view, source, out=view))
+            return self
+
+        def __isub__(self, other: Any) -> Any:
+            view, source = self.view_, host(other)
+            launch(lambda: np.subtract(view, source, out=view))
+            return self
 
         def transpose(self, *axes: Any) -> Any:
             return ndarray(self.block, self.view_.transpose(*axes))
@@ -545,10 +559,23 @@ def make_module(seed: int = 0) -> Any:
         whole = np.array(x, dtype=dtype, order="C")
         return computed(whole.shape, whole.dtype, lambda: whole)
 
-    def matmul(x: Any, y: Any) -> Any:
+    def contiguous(x: Any, dtype: Any = None) -> Any:
+        x = x if dtype is None else x.astype(dtype, copy=False)
+        return x if x.flags.c_contiguous else x.copy()
+
+    def matmul(x: Any, y: Any, out: Any = None) -> Any:
         a, b = host(x), host(y)
+        if out is not None:
+            view = out.view_
+            launch(lambda: np.matmul(a, b, out=view))
+            return out
         shape = np.matmul(*(np.broadcast_to(np.zeros((), np.int8), v.shape) for v in (a, b))).shape
         return computed(shape, np.result_type(a, b), lambda: np.matmul(a, b))
+
+    def multiply(x: Any, y: Any, out: Any) -> Any:
+        a, b, view = host(x), host(y), out.view_
+        launch(lambda: np.multiply(a, b, out=view))
+        return out
 
     def concatenate(arrays: Any, axis: int = 0) -> Any:
         views = [host(x) for x in arrays]
@@ -580,7 +607,12 @@ def make_module(seed: int = 0) -> Any:
         asarray, new, matmul, concatenate, take,
     )  # fmt: skip
     module.asnumpy = lambda x: x.get()
-    module.ascontiguousarray = lambda x: x if x.flags.c_contiguous else x.copy()
+    module.ascontiguousarray = contiguous
+    module.multiply = multiply
+    module.zeros = lambda shape, dtype=float: asarray(np.zeros(shape, dtype))
+    module.stack = lambda arrays: concatenate([x[None] for x in arrays])
+    module.moveaxis = lambda x, source, target: ndarray(x.block, np.moveaxis(x.view_, source, target))
+    module.split = lambda x, places: [ndarray(x.block, part) for part in np.split(x.view_, places)]
     module.may_share_memory = lambda x, y: np.may_share_memory(host(x), host(y))
     module.arange = lambda *arguments, **keywords: asarray(np.arange(*arguments, **keywords))
     module.full = lambda shape, value, dtype=None: asarray(np.full(shape, value, dtype))

@@ -217,7 +217,7 @@ class _Exchange:
         whole = xp.empty((*shape[:axis], tokens.count, *shape[axis + 1 :]), x.dtype)
 
         def put(source: int, part: Array) -> None:
-            xp.moveaxis(whole, axis, 0)[tokens.targets[source]] = xp.moveaxis(part, axis, 0)
+            xp.moveaxis(whole, axis, 0)[xp.asarray(tokens.targets[source])] = xp.moveaxis(part, axis, 0)
 
         _all_to_all(self.group, mail, [cut_heads(i) for i in range(self.group.size)], shapes, tag, put)
         return whole

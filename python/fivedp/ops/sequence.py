@@ -124,7 +124,7 @@ def sequence_gather(
             mail.wait(list(receipts.values()))
             result = xp.empty((*shapes[0][:place], length, *shapes[0][place + 1 :]), x_local.dtype)
             for source, indices in enumerate(held):
-                xp.moveaxis(result, place, 0)[indices] = xp.moveaxis(
+                xp.moveaxis(result, place, 0)[xp.asarray(indices)] = xp.moveaxis(
                     x_local if source == group.index else receipts[source].array, place, 0
                 )
             for receipt in receipts.values():
