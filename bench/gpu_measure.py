@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from fivedp.kernels import attention, experts
-from fivedp.kernels.cuda import pointwise
+from fivedp.kernels.cuda import norms as norm_kernels
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Array = Any
@@ -170,9 +170,10 @@ def rows_of_experts(tokens: int, top_k: int, width: int, n_experts: int, copied:
     place[order] = np.arange(len(order))
     y = cupy.empty((tokens, width), BF16)
     weights = cupy.asarray(rng.random(tokens * top_k, np.float32))
-    starts = np.arange(tokens + 1, dtype=np.int64) * top_k
+    starts = cupy.arange(tokens + 1, dtype=np.int64) * top_k
     back = experts.Rows([out], np.zeros(len(place), np.int32), place)
-    (time,) = timed(lambda: experts.combine_rows(back, starts, weights, chosen.reshape(-1), n_experts, y))
+    ids = cupy.asarray(chosen.reshape(-1))
+    (time,) = timed(lambda: experts.combine_rows(back, starts, weights, ids, n_experts, y))
     moved = (out.nbytes + y.nbytes) / time * 1e3
     result.append(Row(f"unpermute {shape}", time, moved / 1e9, "GB/s", moved / copied, "a copy", 0.85))
     return result
@@ -181,6 +182,7 @@ def rows_of_experts(tokens: int, top_k: int, width: int, n_experts: int, copied:
 def grouped(rows: int, n_experts: int, width: int, hidden: int) -> Row:
     """One product of all experts beside cuBLAS, expert by expert, on the same rows."""
     offsets = np.linspace(0, rows, n_experts + 1).astype(np.int64)
+    on_device = cupy.asarray(offsets)
     x, w, out = normal(rows, width), normal(n_experts, width, hidden), cupy.empty((rows, hidden), BF16)
     theirs = cupy.empty_like(out)
 
@@ -188,7 +190,7 @@ def grouped(rows: int, n_experts: int, width: int, hidden: int) -> Row:
         for expert, (begin, end) in enumerate(pairwise(offsets)):
             cupy.matmul(x[begin:end], w[expert], out=theirs[begin:end])
 
-    mine, other = timed(lambda: experts.grouped_matmul(x, w, offsets, out), peer)
+    mine, other = timed(lambda: experts.grouped_matmul(x, w, on_device, out), peer)
     flops = 2 * rows * width * hidden
     return Row(f"grouped bf16 R={rows} E={n_experts} K={width} N={hidden}", mine, flops / mine / 1e9, "TFLOP/s",
                other / mine, "cuBLAS a group", 0.8)  # fmt: skip
@@ -197,7 +199,7 @@ def grouped(rows: int, n_experts: int, width: int, hidden: int) -> Row:
 def norms(rows: int, columns: int, copied: float) -> Row:
     """RMSNorm in bytes a second against a copy."""
     x, gain, y = normal(rows, columns), normal(columns), cupy.empty((rows, columns), BF16)
-    (time,) = timed(lambda: pointwise.rms_norm(x, gain, y))
+    (time,) = timed(lambda: norm_kernels.rms_norm(x, gain, y))
     moved = 2 * x.nbytes / time * 1e3
     return Row(f"rms_norm bf16 {rows} x {columns}", time, moved / 1e9, "GB/s", moved / copied, "a copy", 0.85)
 

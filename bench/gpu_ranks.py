@@ -1,4 +1,4 @@
-"""Every distributed call on device arrays against the same call on host arrays, on the ranks of this launch.
+"""Every distributed call that takes device arrays against the same call on host arrays, on the ranks of this launch.
 
     mpirun -np 2 python bench/gpu_ranks.py
 
@@ -15,7 +15,6 @@ import numpy as np
 from mpi4py import MPI
 
 import fivedp
-from fivedp.ops import expert_layer, expert_layer_backward
 
 
 def compare(name: str, device: Any, host: Any, tolerance: float) -> bool:
@@ -46,6 +45,8 @@ def main() -> int:
         on_host = fivedp.sharded_matmul(a, b, spec, mesh)
         on_device = fivedp.sharded_matmul(cupy.asarray(a), cupy.asarray(b), spec, mesh)
         good.append(compare(spec, [on_device], [on_host], 1e-5))
+    on_device = fivedp.gather(fivedp.shard(cupy.asarray(a), "m/tp k", mesh), "m/tp k", mesh)
+    good.append(compare("shard, gather", [on_device], [a], 0.0))
     q, k, v, do = normal(1, 96, 4, 64), normal(1, 96, 2, 64), normal(1, 96, 2, 64), normal(1, 96, 4, 64)
     for order in ("ring", "canonical"):
         keywords: dict[str, Any] = {"causal": True, "order": order}
@@ -56,20 +57,6 @@ def main() -> int:
         host = fivedp.ring_attention_backward(do, q, k, v, out, lse, comm, **keywords)
         device = fivedp.ring_attention_backward(cupy.asarray(do), *on, out_d, lse_d, comm, **keywords)
         good.append(compare(f"ring_attention_backward {order}", device, host, 1e-4))
-    n_experts, width, hidden = 6, 32, 48
-    own = len(np.array_split(np.arange(n_experts), comm.size)[comm.rank])
-    x, dy, router = normal(50, width), normal(50, width), normal(width, n_experts)
-    router = comm.bcast(router, 0)
-    weights = [normal(own, width, hidden), normal(own, width, hidden), normal(own, hidden, width)]
-    y, state = expert_layer(x, router, *weights, comm, keep=True)
-    on = [cupy.asarray(w) for w in (x, router, *weights)]
-    y_d, state_d = expert_layer(*on, comm, keep=True)
-    good.append(compare("expert_layer", [y_d], [y], 1e-4))
-    host_g = expert_layer_backward(dy, state)
-    device_g = expert_layer_backward(cupy.asarray(dy), state_d)
-    names = ("x", "router", "w_up", "w_gate", "w_down", "weights")
-    good.append(compare("expert_layer_backward", [getattr(device_g, n) for n in names],
-                        [getattr(host_g, n) for n in names], 1e-4))  # fmt: skip
     return int(not all(good))
 
 
