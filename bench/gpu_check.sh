@@ -59,6 +59,11 @@ if [ "$what" != measure ]; then
         [ "${PIPESTATUS[0]}" = 0 ] || failed=1
     done
 fi
+if [ "$what" != measure ]; then
+    say "staged transport, 2 ranks"
+    FIVEDP_TRANSPORT=staged timeout 120 mpirun -np 2 "$python" "$root/bench/gpu_ranks.py" 2>&1 | tee "$out/staged.log" | tail -3
+    [ "${PIPESTATUS[0]}" = 0 ] || failed=1
+fi
 if [ "$what" = sanitize ]; then
     for tool in memcheck racecheck; do
         say "compute-sanitizer $tool"

@@ -7,7 +7,9 @@ All ranks share one GPU. Inputs are fresh; results must agree within the roundin
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import Any
 
 import cupy
@@ -15,6 +17,8 @@ import numpy as np
 from mpi4py import MPI
 
 import fivedp
+from fivedp.comm.grid import grid_of
+from fivedp.comm.messages import TAGS, mailbox
 
 
 def compare(name: str, device: Any, host: Any, tolerance: float) -> bool:
@@ -30,23 +34,54 @@ def compare(name: str, device: Any, host: Any, tolerance: float) -> bool:
     return bool(good)
 
 
+def transport_rate(comm: MPI.Intracomm, n_bytes: int = 256 << 20) -> None:
+    """Print how fast an array goes from rank 0 to rank 1, beside the copy from the device to pinned memory."""
+    array = cupy.full(n_bytes // 4, comm.rank, np.float32)
+    best = float("inf")
+    for _ in range(5):
+        comm.Barrier()
+        begin = time.perf_counter()
+        with mailbox(grid_of(comm).everyone(), "the rate of a transport", cupy) as mail:
+            if comm.rank == 0:
+                mail.send(array, 1, TAGS["A"], 0)
+            elif comm.rank == 1:
+                mail.wait([mail.receive(array.shape, array.dtype, 0, TAGS["A"], target=array)])
+        cupy.cuda.get_current_stream().synchronize()
+        comm.Barrier()
+        best = min(best, time.perf_counter() - begin)
+    if comm.rank:
+        return
+    pinned, stream, copy = cupy.cuda.alloc_pinned_memory(n_bytes), cupy.cuda.get_current_stream(), float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        cupy.cuda.runtime.memcpyAsync(pinned.ptr, array.data.ptr, n_bytes, 4, stream.ptr)
+        stream.synchronize()
+        copy = min(copy, time.perf_counter() - begin)
+    rates = n_bytes / best / 1e9, n_bytes / copy / 1e9
+    way = os.environ.get("FIVEDP_TRANSPORT", "as chosen")
+    print(f"transport {way}: {rates[0]:.1f} GB/s, {rates[0] / rates[1]:.2f} of a pinned copy ({rates[1]:.1f} GB/s)")
+
+
 def main() -> int:
     """Run all calls."""
     comm = MPI.COMM_WORLD
-    rng = np.random.default_rng(comm.bcast(np.random.default_rng().integers(2**31), 0) + comm.rank)
+    seed = comm.bcast(int(np.random.default_rng().integers(2**31)), 0)
+    same, own = np.random.default_rng(seed), np.random.default_rng([seed, comm.rank])
 
-    def normal(*shape: int) -> np.ndarray:
+    def normal(*shape: int, rng: np.random.Generator = own) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
     good = []
-    a, b = normal(48, 40), normal(40, 24)
+    a, b = normal(48, 41, rng=same), normal(41, 24, rng=same)
     mesh = fivedp.Mesh(comm, tp=comm.size)
     for spec in ("m k, k n/tp -> m n/tp", "m k/tp, k/tp n -> m n", "m/tp k, k n -> m/tp n"):
-        on_host = fivedp.sharded_matmul(a, b, spec, mesh)
-        on_device = fivedp.sharded_matmul(cupy.asarray(a), cupy.asarray(b), spec, mesh)
-        good.append(compare(spec, [on_device], [on_host], 1e-5))
-    on_device = fivedp.gather(fivedp.shard(cupy.asarray(a), "m/tp k", mesh), "m/tp k", mesh)
-    good.append(compare("shard, gather", [on_device], [a], 0.0))
+        left, right = spec.partition(" -> ")[0].split(", ")
+        on_host = [fivedp.shard(a, left, mesh), fivedp.shard(b, right, mesh)]
+        on_device = [fivedp.shard(cupy.asarray(a), left, mesh), fivedp.shard(cupy.asarray(b), right, mesh)]
+        product = fivedp.sharded_matmul(*on_device, spec, mesh)
+        good.append(compare(spec, [product], [fivedp.sharded_matmul(*on_host, spec, mesh)], 1e-5))
+    whole = fivedp.gather(fivedp.shard(cupy.asarray(a), "m/tp k", mesh), "m/tp k", mesh)
+    good.append(compare("shard, gather", [whole], [a], 0.0))
     q, k, v, do = normal(1, 96, 4, 64), normal(1, 96, 2, 64), normal(1, 96, 2, 64), normal(1, 96, 4, 64)
     for order in ("ring", "canonical"):
         keywords: dict[str, Any] = {"causal": True, "order": order}
@@ -57,6 +92,8 @@ def main() -> int:
         host = fivedp.ring_attention_backward(do, q, k, v, out, lse, comm, **keywords)
         device = fivedp.ring_attention_backward(cupy.asarray(do), *on, out_d, lse_d, comm, **keywords)
         good.append(compare(f"ring_attention_backward {order}", device, host, 1e-4))
+    if comm.size > 1:
+        transport_rate(comm)
     return int(not all(good))
 
 
