@@ -97,13 +97,14 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
                                         a.n_keys, a.size);
     commit_copies();
 
-    const int first_row = first_query + warp() * 16 * m;
+    // Found again where it is needed: a kept number would take the register of a sum.
+    const auto first_row = [&] { return computed_here(first_query) + warp() * 16 * m; };
     const StateRows before(a, work);
     const float lowest = bits_as_float(0xff800000u);
     float highest[2 * m], total[2 * m], output[m][columns][4];
     FIVEDP_UNROLL
     for (int r = 0; r < 2 * m; ++r) {
-        const int row = first_row + accumulator_row(r);
+        const int row = first_row() + accumulator_row(r);
         highest[r] = row < a.n_queries ? before.highest[row] : lowest;
         total[r] = row < a.n_queries && lane() % 4 == 0 ? before.total[row] : 0.0f;  // this thread's share of a row
         const float* const output_row = before.output + row * before.token;
@@ -135,7 +136,7 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
                                                 tile * attention_tile, a.n_keys, a.size);
         commit_copies();
 
-        finish_logits(a, bend, work.head, whole, first_row, first_key, logits);
+        finish_logits(a, bend, work.head, whole, first_row(), first_key, logits);
         FIVEDP_UNROLL
         for (int r = 0; r < 2 * m; ++r) {
             float top = lowest;
@@ -165,7 +166,7 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
         std::uint32_t weights[m][4][4];
         as_factors<T>(logits, weights);
         if (!whole && any_nonfinite<T, width, attention_tile>(values, room)) {
-            add_nonfinite<T, width, attention_tile, true>(a, values, first_key, first_row, 0, false, output);
+            add_nonfinite<T, width, attention_tile, true>(a, values, first_key, first_row(), 0, false, output);
             clear_nonfinite<T, width, attention_tile>(values);
         }
         multiply_columns<T, width>(output, weights, values, 0);
@@ -175,7 +176,7 @@ forward_tiles(const DeviceAttention a, const Bend<float> bend, const int section
     const StateRows after(a, work_of(a.batch * a.heads, a.heads, computed_here(section), (q_tiles + m - 1) / m, true));
     FIVEDP_UNROLL
     for (int r = 0; r < 2 * m; ++r) {
-        const int row = first_row + accumulator_row(r);
+        const int row = first_row() + accumulator_row(r);
         total[r] = row_sum(total[r]);
         if (row >= a.n_queries) continue;
         if (lane() % 4 == 0) {
