@@ -8,7 +8,7 @@ namespace py = pybind11;
 namespace fivedp {
 namespace {
 
-// x as an operand: a matrix (rows, columns), or what Python's fivedp.kernels.cuda.grouped.Rows has: the addresses of
+// x as an operand: a matrix (rows, columns), or what Python's fivedp.kernels.cuda.rows.CudaRows has: the addresses of
 // rows that lie anywhere. `row_is_k`: its rows are the k of the product.
 struct XArgument {
     GemmOperand operand;

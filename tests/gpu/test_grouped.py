@@ -10,7 +10,8 @@ from product_operands import DTYPES, LAYOUTS, Guarded, dtype_of, laid_out, round
 from scipy.special import erf
 
 from fivedp.kernels.cuda.gemm import gemm
-from fivedp.kernels.cuda.grouped import Rows, expert_hidden, grouped_matmul, grouped_outer
+from fivedp.kernels.cuda.grouped import expert_hidden, grouped_matmul, grouped_outer
+from fivedp.kernels.cuda.rows import CudaRows
 
 
 def drawn_groups(rng: np.random.Generator, sizes: str) -> np.ndarray:
@@ -70,7 +71,7 @@ def test_rows_are_gathered_and_pieces_added(xp: Any, host: Any, seed: int, dtype
     first = np.stack([arrays[s][i] for s, i in zip(source, index, strict=True)])
     second = normal(rng, dtype, n_rows, 24)
     w = [normal(rng, dtype, n_experts, k, 20) for k in (columns, 24)]
-    rows = Rows([xp.asarray(array) for array in arrays], xp.asarray(source), xp.asarray(index))
+    rows = CudaRows([xp.asarray(array) for array in arrays], xp.asarray(source), xp.asarray(index))
     out = Guarded(xp, (n_rows, 20), np.dtype(np.float32))
     grouped_matmul(
         [rows, xp.asarray(second)], [xp.asarray(w[0]), laid_out(xp, w[1], "columns")], xp.asarray(offsets), out.array
@@ -90,7 +91,9 @@ def test_outer_product_sums_the_rows_of_a_group(xp: Any, host: Any, seed: int, d
     table, dy = normal(rng, dtype, 50, 40), normal(rng, dtype, n_rows, 25)
     index = rng.integers(0, 50, n_rows).astype(np.int32)
     out = Guarded(xp, (n_experts, 40, 25), table.dtype)
-    grouped_outer(Rows([xp.asarray(table)], None, xp.asarray(index)), xp.asarray(dy), xp.asarray(offsets), out.array)
+    grouped_outer(
+        CudaRows([xp.asarray(table)], None, xp.asarray(index)), xp.asarray(dy), xp.asarray(offsets), out.array
+    )
     result, x = out.values(host), table[index]
     for e in range(n_experts):
         left, right = (v[offsets[e] : offsets[e + 1]].astype(np.float64) for v in (x, dy))

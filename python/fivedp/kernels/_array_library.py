@@ -16,15 +16,6 @@ Array = Any
 DEFAULT_SHARDS = 8
 
 
-def same_library_as(array: Array) -> Any:
-    """NumPy for its arrays, else CuPy."""
-    if isinstance(array, np.ndarray):
-        return np
-    import cupy
-
-    return cupy
-
-
 def default_cuts(k: int, n_shards: int = DEFAULT_SHARDS) -> list[int]:
     """Borders of `n_shards` virtual shards of `k`, cut as `numpy.array_split` cuts."""
     return [shard * (k // n_shards) + min(shard, k % n_shards) for shard in range(n_shards + 1)]

@@ -123,7 +123,8 @@ def grouped_matmul(
     if is_cupy(out):
         from fivedp.kernels.cuda import grouped
 
-        grouped.grouped_matmul(x, w, offsets, out)
+        pieces = x if isinstance(x, list | tuple) else [x]
+        grouped.grouped_matmul([_on_gpu(piece) for piece in pieces], w, offsets, out)
         return 0
     return _cpu.grouped_matmul(
         _operand(x, "grouped_matmul: x"),
@@ -167,7 +168,7 @@ def grouped_outer(
     if is_cupy(out):
         from fivedp.kernels.cuda import grouped
 
-        grouped.grouped_outer(x, dy, offsets, out)
+        grouped.grouped_outer(_on_gpu(x), _on_gpu(dy), offsets, out)
         return 0
     return _cpu.grouped_outer(
         _rows(x, "grouped_outer: x"),
@@ -225,7 +226,7 @@ def expert_hidden(
     if is_cupy(hidden):
         from fivedp.kernels.cuda import grouped
 
-        grouped.expert_hidden(x, w_gate, w_up, offsets, hidden, gate=gate, up=up, activation=activation)
+        grouped.expert_hidden(_on_gpu(x), w_gate, w_up, offsets, hidden, gate=gate, up=up, activation=activation)
         return 0
     return _cpu.expert_hidden(
         _rows(x, "expert_hidden: x"),
@@ -414,6 +415,10 @@ def _gpu() -> Any:
 
 
 def _table_or_array(x: Array | Rows) -> Any:
+    return x._table if isinstance(x, Rows) else x
+
+
+def _on_gpu(x: Array | Rows) -> Any:
     return x._table if isinstance(x, Rows) else x
 
 

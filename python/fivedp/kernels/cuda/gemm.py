@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fivedp.kernels._array_library import default_cuts, same_library_as
+from fivedp.kernels._array_library import default_cuts
+from fivedp.kernels._select import library_of
 from fivedp.kernels.cuda._extension import extension, raw, stream_of
 
 __all__ = ["gemm"]
@@ -73,7 +74,7 @@ def gemm(
     borders = default_cuts(sum(piece.shape[-1] for piece in a)) if cuts is None else [int(cut) for cut in cuts]
     if len(a) > 1 or len(b) > 1:
         a, b = _readable(a, b, borders)
-    xp = same_library_as(c)
+    xp = library_of(c)
     bits_a, bits_b = [raw(piece, "gemm: a") for piece in a], [raw(piece, "gemm: b") for piece in b]
     batch, m, n = (1, *c.shape)[-3:] if c.ndim in (2, 3) else (0, 0, 0)
     n_bytes = extension().gemm_workspace(bits_a[0], batch, m, n, len(borders) - 1) if a else 0
@@ -98,6 +99,6 @@ def _readable(a: list[Array], b: list[Array], cuts: Sequence[int]) -> tuple[list
     for name, arrays, axis in (("a", a, -1), ("b", b, -2)):
         apart = any((at - max(cut for cut in cuts if cut <= at)) % depth for at in begins[name][1:-1])
         if len(arrays) > 1 and (apart or crowded):
-            arrays = [same_library_as(arrays[0]).concatenate(arrays, axis=axis)]
+            arrays = [library_of(arrays[0]).concatenate(arrays, axis=axis)]
         joined.append(arrays)
     return joined[0], joined[1]

@@ -11,71 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from fivedp.kernels._array_library import same_library_as
 from fivedp.kernels.cuda._extension import extension, raw, stream_of
+from fivedp.kernels.cuda.rows import CudaRows
 
-__all__ = ["Rows", "expert_hidden", "grouped_matmul", "grouped_outer"]
+__all__ = ["expert_hidden", "grouped_matmul", "grouped_outer"]
 
 Array = Any
 
 
-class Rows:
-    """Rows that lie anywhere in device memory: row i is ``arrays[source[i]][index[i]]``.
-
-    Parameters
-    ----------
-    arrays : sequence of arrays, each (T_s, H)
-        Of one type, contiguous along H, any stride between rows; kept alive by this object.
-    source : integer array (R,), or None for one array
-        Which array; in device memory.
-    index : integer array (R,)
-        Which of its rows; in device memory. Entries are not checked: that would wait for the device.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Arrays that do not fit together.
-    """
-
-    def __init__(self, arrays: Sequence[Array], source: Array | None, index: Array) -> None:
-        arrays = [raw(array, "Rows: an array") for array in arrays]
-        first = arrays[0]
-        for array in arrays:
-            if array.ndim != 2 or array.shape[1] != first.shape[1]:
-                raise ValueError(f"Rows: an array has shape {array.shape}; (rows, {first.shape[-1]}) would be right")
-            if array.dtype != first.dtype:
-                raise TypeError(f"Rows: arrays are of {first.dtype} and {array.dtype}; one type would be right")
-            if array.shape[1] > 1 and array.strides[1] != array.itemsize:
-                raise ValueError("Rows: an array is not contiguous along its rows; contiguous rows would be right")
-        if source is None and len(arrays) != 1:
-            raise ValueError(f"Rows: source is None and there are {len(arrays)} arrays; one array would be right")
-        xp = same_library_as(index)
-        begins, strides = [_address(array) for array in arrays], [int(array.strides[0]) for array in arrays]
-        index = index.astype(np.int64)
-        if source is None:
-            self.addresses = index * strides[0] + begins[0]
-        else:
-            self.addresses = index * xp.asarray(strides, np.int64)[source] + xp.asarray(begins, np.int64)[source]
-        self.aligned = all(number % 16 == 0 for number in (*begins, *strides))
-        self.type = first.dtype.str[1:]
-        self.columns = int(first.shape[1])
-        self.shape = (int(index.shape[0]), self.columns)
-        self._arrays = arrays
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-
 def grouped_matmul(
-    x: Array | Rows | Sequence[Array | Rows], w: Array | Sequence[Array], offsets: Array, out: Array
+    x: Array | CudaRows | Sequence[Array | CudaRows], w: Array | Sequence[Array], offsets: Array, out: Array
 ) -> None:
     """out[i] = x[i] @ w[e] for the rows i of every group e.
 
     Parameters
     ----------
-    x : (R, K) array or Rows, or a sequence of such pieces along K
+    x : (R, K) array or CudaRows, or a sequence of such pieces along K
         float32, float64, bfloat16 or float16; any strides.
     w : (E, K, N) array, or a sequence of such pieces along K, cut like x
         Any strides: a transposed view is multiplied as fast.
@@ -100,13 +51,13 @@ def grouped_matmul(
     )
 
 
-def grouped_outer(x: Array | Rows, dy: Array | Rows, offsets: Array, out: Array) -> None:
+def grouped_outer(x: Array | CudaRows, dy: Array | CudaRows, offsets: Array, out: Array) -> None:
     """out[e] = x_e^T @ dy_e, the sum over the rows of every group e, in their order; zeros for an empty group.
 
     Parameters
     ----------
-    x : (R, K) array or Rows
-    dy : (R, N) array or Rows
+    x : (R, K) array or CudaRows
+    dy : (R, N) array or CudaRows
     offsets : int64 (E + 1,)
         In device memory.
     out : (E, K, N)
@@ -122,7 +73,7 @@ def grouped_outer(x: Array | Rows, dy: Array | Rows, offsets: Array, out: Array)
 
 
 def expert_hidden(
-    x: Array | Rows,
+    x: Array | CudaRows,
     w_gate: Array | None,
     w_up: Array,
     offsets: Array,
@@ -136,7 +87,7 @@ def expert_hidden(
 
     Parameters
     ----------
-    x : (R, H) array or Rows
+    x : (R, H) array or CudaRows
     w_gate : (E, H, F), or None for an activation without gate
     w_up : (E, H, F)
         Any strides; the same as those of w_gate for the fastest copies.
@@ -170,9 +121,5 @@ def expert_hidden(
     )
 
 
-def _rows(x: Array | Rows, who: str) -> Any:
-    return x if isinstance(x, Rows) else raw(x, who)
-
-
-def _address(array: Array) -> int:
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+def _rows(x: Array | CudaRows, who: str) -> Any:
+    return x if isinstance(x, CudaRows) else raw(x, who)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,12 +62,36 @@ class CudaRows:
                 f"Rows: source has {len(self._source)} entries and index {len(self._index)}; as many would be right"
             )
         self._empty = xp.empty(0, first.dtype)
+        if source is None and len(arrays) != 1:
+            raise ValueError(f"Rows: source is None and there are {len(arrays)} arrays; one array would be right")
         strides = table[table[:, 2] > 1, 1]
         self._bits = int(np.bitwise_or.reduce(np.concatenate([table[:, 0], strides]))) % 16
         self.shape: tuple[int, int] = (len(self._index), int(first.shape[1]))
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @functools.cached_property
+    def addresses(self) -> Array:
+        """Where each row begins, int64 (R,) on the device; entries that name no row give no address."""
+        where = 0 if self._source is None else self._source
+        addresses: Array = self._index.astype(np.int64) * self._table[where, 1] + self._table[where, 0]
+        return addresses
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row begins at a multiple of 16 bytes."""
+        return self._bits % 16 == 0
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return self.shape[1]
+
+    @property
+    def type(self) -> str:
+        """The element type as the array interface has it, without the byte order; bfloat16 is u2."""
+        return str(self._empty.dtype.str[1:])
 
     def packed(self) -> tuple[Any, ...]:
         """What the extension takes: the table, source, index, an array of the type, columns, and how far all addresses
