@@ -6,7 +6,6 @@
 #   bench/emulated_gpu.sh [options of pytest]
 #
 # PYTHON names the interpreter (default: python); JOBS the compile jobs (default: 2); BUILD keeps the build in a folder.
-# The address sanitizer watches device memory where SANITIZE=1.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
@@ -16,7 +15,7 @@ build=${BUILD:-$work/build}
 
 cmake=cmake
 "$python" -c "import cmake" 2>/dev/null && cmake="$python -m cmake"
-$cmake -S "$root" -B "$build" -DFIVEDP_CUDA=OFF -DFIVEDP_TEST_CUDA=ON -DFIVEDP_SANITIZE="${SANITIZE:-OFF}" \
+$cmake -S "$root" -B "$build" -DFIVEDP_CUDA=OFF -DFIVEDP_TEST_CUDA=ON \
     -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
     -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$work/configure.log" || { cat "$work/configure.log"; exit 1; }
 $cmake --build "$build" --target _cuda_emulated --parallel "${JOBS:-2}" >"$work/build.log" ||
@@ -35,9 +34,4 @@ spec.loader.exec_module(module)
 sys.modules["fivedp._cuda"] = module
 EOF
 export PYTHONPATH="$work/path${PYTHONPATH:+:$PYTHONPATH}"
-if [ "${SANITIZE:-OFF}" != OFF ]; then
-    # The fibers' stacks are not the sanitizer's idea of one.
-    export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
-    export LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so.6)"
-fi
 "$python" -m pytest "$root/tests/gpu" -q -p no:cacheprovider "$@"
