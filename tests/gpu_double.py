@@ -469,7 +469,7 @@ def make_module(seed: int = 0) -> Any:
         nbytes = property(lambda self: self.view_.nbytes)
         itemsize = property(lambda self: self.view_.itemsize)
         T = property(lambda self: ndarray(self.block, self.view_.T))
-        device = property(lambda self: types.SimpleNamespace(id=0))
+        device = property(lambda self: OneDevice())
         data = property(lambda self: types.SimpleNamespace(ptr=self.view_.__array_interface__["data"][0]))
 
         @property
@@ -589,7 +589,9 @@ def make_module(seed: int = 0) -> Any:
         return computed(shape, source.dtype, lambda: np.take(source, index, axis))
 
     class OneDevice:
-        """The only device there is."""
+        """The only device there is. No kernel was ever compiled for it."""
+
+        compute_capability = "00"
 
         def __init__(self, number: int = 0) -> None:
             self.id = number

@@ -121,7 +121,7 @@ def tree_sum(
         if is_cupy(out) and partials[0].dtype in (_F32, _F64):
             from fivedp.kernels.cuda import tree_sum as device
 
-            if device.is_built() and len(partials) <= device.MAX_PARTIALS:
+            if device.serves(out) and len(partials) <= device.MAX_PARTIALS:
                 device.tree_sum(partials, spans, out, alpha=alpha, beta=beta)  # type: ignore[arg-type]
                 return
         total = _array_library.combine([(count, partial) for partial, (_, count) in zip(partials, spans, strict=True)])

@@ -10,7 +10,10 @@ import numpy as np
 
 from fivedp.kernels._select import library_of, raw
 
-__all__ = ["empty_like", "extension", "host_copy", "is_built", "library_of", "optional_raw", "raw", "stream_of"]
+__all__ = ["empty_like", "extension", "host_copy", "library_of", "optional_raw", "raw", "serves", "stream_of"]
+
+# Of the compute capabilities that the kernels are compiled for, in tenths.
+OLDEST = 80
 
 
 @functools.cache
@@ -31,9 +34,13 @@ def extension() -> Any:
         ) from missing
 
 
+def serves(array: Any) -> bool:
+    """Whether the kernels are here and run on the device of `array`, whose compute capability is at least 8.0 then."""
+    return _is_built() and (isinstance(array, np.ndarray) or int(array.device.compute_capability) >= OLDEST)
+
+
 @functools.cache
-def is_built() -> bool:
-    """Whether `fivedp._cuda` can be loaded here."""
+def _is_built() -> bool:
     try:
         extension()
     except ImportError:

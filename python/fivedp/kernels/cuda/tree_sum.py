@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fivedp.kernels.cuda._extension import extension, is_built, raw, stream_of
+from fivedp.kernels.cuda._extension import extension, raw, serves, stream_of
 
-__all__ = ["MAX_PARTIALS", "is_built", "tree_sum"]
+__all__ = ["MAX_PARTIALS", "serves", "tree_sum"]
 
 Array = Any
 
