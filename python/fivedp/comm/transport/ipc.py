@@ -128,6 +128,7 @@ class Imports:
         self.gpu = gpu
         self._memory: dict[int, tuple[Allocation, int]] = {}
         self._events: dict[bytes, int] = {}
+        self._copies: list[Event] = []
 
     def memory(self, note: Note) -> int:
         """The address, in this process, of the array of a note."""
@@ -149,8 +150,19 @@ class Imports:
             event = self._events[note.event_handle] = self.gpu.runtime.ipcOpenEventHandle(note.event_handle)
         return event
 
+    def note_copy(self, event: Event) -> None:
+        """A copy out of the other process's memory is done when `event` is reached."""
+        self._copies = [copy for copy in self._copies if not self.gpu.reached(copy)]
+        self._copies.append(event)
+
     def close(self) -> None:
         """Close everything; the process ends, so what can't be closed is left to the driver."""
+        try:
+            # A call that ended halfway leaves copies that still read, or wait for an event that nobody will record.
+            if not all(self.gpu.reached(copy) for copy in self._copies):
+                return
+        except self.gpu.runtime.CUDARuntimeError:
+            return
         for _, address in self._memory.values():
             with contextlib.suppress(self.gpu.runtime.CUDARuntimeError):
                 self.gpu.runtime.ipcCloseMemHandle(address)
@@ -183,7 +195,9 @@ def read(gpu: Gpu, imports: Imports, note: Note, target: DeviceMemory, stream: A
     source = imports.memory(note)
     gpu.runtime.streamWaitEvent(stream.ptr, imports.event(note))
     gpu.copy(target.pointer, source, target.n_bytes, stream)
-    return gpu.mark(stream)
+    done = gpu.mark(stream)
+    imports.note_copy(done)
+    return done
 
 
 class IpcSend(Transfer):
