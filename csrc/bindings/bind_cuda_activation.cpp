@@ -1,6 +1,7 @@
 // Activations on device arrays: arguments are checked here, then kernels are started on the stream.
 #include <pybind11/pybind11.h>
 
+#include "bindings/device_activation.hpp"
 #include "bindings/device_arrays.hpp"
 #include "cuda/pointwise_activation.hpp"
 
@@ -8,17 +9,6 @@ namespace py = pybind11;
 
 namespace fivedp {
 namespace {
-
-// In the order of cuda/activations.cuh; swiglu is silu with a gate.
-int activation_of(const std::string& name, bool gated, const char* who) {
-    check((name == "swiglu") == gated, who, ": activation is ", name, gated ? " with" : " without", " a gate; ",
-          gated ? "swiglu" : "gelu, gelu_tanh, relu or silu", " would be right");
-    if (name == "swiglu" || name == "silu") return 0;
-    if (name == "gelu") return 1;
-    if (name == "gelu_tanh") return 2;
-    if (name == "relu") return 3;
-    fail(who, ": activation is ", name, "; swiglu, gelu, gelu_tanh, relu or silu would be right");
-}
 
 struct Rows {
     char* data = nullptr;

@@ -1,6 +1,7 @@
 // Products of rows grouped by expert, on device arrays. The offsets' values are never read here.
 #include <pybind11/pybind11.h>
 
+#include "bindings/device_activation.hpp"
 #include "bindings/gemm_operands.hpp"
 
 namespace py = pybind11;
@@ -124,17 +125,6 @@ void grouped_outer(const py::object& x_object, const py::object& y_object, const
     grouped_product(problem, stream_of(stream));
 }
 
-DeviceActivation activation_of(const std::string& name, bool gated) {
-    check(gated == (name == "swiglu"), "expert_hidden: activation is '", name, "' and w_gate ",
-          gated ? "an array; 'swiglu'" : "None; 'gelu', 'gelu_tanh', 'relu' or 'silu'", " would be right");
-    if (name == "swiglu" || name == "silu") return DeviceActivation::silu;
-    if (name == "gelu") return DeviceActivation::gelu;
-    if (name == "gelu_tanh") return DeviceActivation::gelu_tanh;
-    check(name == "relu", "expert_hidden: activation is '", name,
-          "'; swiglu, gelu, gelu_tanh, relu or silu would be right");
-    return DeviceActivation::relu;
-}
-
 void expert_hidden(const py::object& x_object, const py::object& w_gate, const py::object& w_up,
                    const py::object& offsets, const py::object& hidden, const py::object& gate, const py::object& up,
                    const std::string& activation, std::uintptr_t stream) {
@@ -151,7 +141,7 @@ void expert_hidden(const py::object& x_object, const py::object& w_gate, const p
     problem.x[0] = x.operand;
     problem.k[0] = x.columns;
     problem.gated = !w_gate.is_none();
-    problem.activation = activation_of(activation, problem.gated);
+    problem.activation = activation_of(activation, problem.gated, "expert_hidden");
     if (problem.gated) {
         const FactorArray gate_weights = weights_argument(w_gate, x.type, "expert_hidden: w_gate");
         check(gate_weights.array.shape == up_weights.array.shape, "expert_hidden: w_gate has shape ",

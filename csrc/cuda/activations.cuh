@@ -4,11 +4,10 @@
 
 #include <type_traits>
 
+#include "cuda/device_type.hpp"
 #include "cuda/elements.cuh"
 
 namespace fivedp {
-
-enum class Activation : int { silu, gelu, gelu_tanh, relu };
 
 // exp(x) for -150 <= x <= 0; a result below the smallest normal number counts as 0. What rounding takes off x * log2(e)
 // is put back, so that the error does not grow with x.

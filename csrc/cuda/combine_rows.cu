@@ -65,7 +65,8 @@ FIVEDP_DEVICE void combine_by_depth(const DeviceCombine& problem, std::int64_t o
         for (std::int64_t p = begin; p < end; ++p) {
             const char* const from = row_of(problem.rows, p);
             const S weight = problem.weights != nullptr ? static_cast<const S*>(problem.weights)[p] : S(1);
-            sum = from != nullptr ? product(weight, S(to_float(reinterpret_cast<const T*>(from)[column]))) : S(0);
+            sum =
+                from != nullptr ? rounded_product(weight, S(to_float(reinterpret_cast<const T*>(from)[column]))) : S(0);
             const int next =
                 p + 1 < end ? common_depth(problem.n_experts, problem.experts[p], problem.experts[p + 1]) : -1;
             FIVEDP_UNROLL
@@ -139,7 +140,7 @@ combine(DeviceCombine problem, int parts) {
             FIVEDP_UNROLL
             for (int i = 0; i < K; ++i) FIVEDP_UNROLL
             for (int v = 0; v < V; ++v) FIVEDP_UNROLL
-            for (int j = 0; j < N; ++j) sum[i][v][j] = product(weight[i], S(to_float(read[i][v].at[j])));
+            for (int j = 0; j < N; ++j) sum[i][v][j] = rounded_product(weight[i], S(to_float(read[i][v].at[j])));
             FIVEDP_UNROLL
             for (int i = K - 2; i >= 0; --i) FIVEDP_UNROLL
             for (int g = i + 1; g < K; ++g)

@@ -41,8 +41,8 @@ FIVEDP_DEVICE S cpu_exp(S x) {
     constexpr S high = S(1.4426950408889634074);
     constexpr S low = sizeof(S) == 4 ? S(1.9259629911266175e-8) : S(2.0355273740931033e-17);
     x = x > S(-10000) ? x : S(-10000);
-    const S t = product(x, high), rest = fused(x, low, fused(x, high, -t)), power = cpu_exp2(t);
-    return fused(product(power, rest), S(0.69314718055994530942), power);
+    const S t = rounded_product(x, high), rest = fused(x, low, fused(x, high, -t)), power = cpu_exp2(t);
+    return fused(rounded_product(power, rest), S(0.69314718055994530942), power);
 }
 
 // log(x) for x >= 1.
@@ -54,11 +54,12 @@ FIVEDP_DEVICE double cpu_log(double x) {
         m *= 0.5;
         n += 1;
     }
-    const double s = (m - 1) / (m + 1), square = product(s, s);
+    const double s = (m - 1) / (m + 1), square = rounded_product(s, s);
     double sum = 0;  // of square^i / (2 i + 1), i from 1
     FIVEDP_UNROLL
-    for (int i = 11; i >= 1; --i) sum = product(sum + 1.0 / (2 * i + 1), square);
-    return product(n, 0.69314718055994530942) + (product(2.0, s) + product(product(2.0, s), sum));
+    for (int i = 11; i >= 1; --i) sum = rounded_product(sum + 1.0 / (2 * i + 1), square);
+    return rounded_product(n, 0.69314718055994530942) +
+           (rounded_product(2.0, s) + rounded_product(rounded_product(2.0, s), sum));
 }
 
 }  // namespace fivedp

@@ -168,19 +168,6 @@ FIVEDP_DEVICE double normal_distribution(double x) {
 FIVEDP_DEVICE void sine_cosine(double x, double* sine, double* cosine) {
     sincos(x, sine, cosine);
 }
-// Products and sums that the compiler must not join to a fused multiply-add.
-FIVEDP_DEVICE float multiply_rounded(float a, float b) {
-    return __fmul_rn(a, b);
-}
-FIVEDP_DEVICE double multiply_rounded(double a, double b) {
-    return __dmul_rn(a, b);
-}
-FIVEDP_DEVICE float add_rounded(float a, float b) {
-    return __fadd_rn(a, b);
-}
-FIVEDP_DEVICE double add_rounded(double a, double b) {
-    return __dadd_rn(a, b);
-}
 FIVEDP_DEVICE float bits_as_float(std::uint32_t bits) {
     return __uint_as_float(bits);
 }
@@ -196,13 +183,6 @@ FIVEDP_DEVICE std::uint64_t double_as_bits(double value) {
 // To nearest, ties to even.
 FIVEDP_DEVICE std::int64_t rounded(double value) {
     return __double2ll_rn(value);
-}
-// x y, rounded: the compiler makes no fused multiply-add of it and the sum that it goes into.
-FIVEDP_DEVICE float product(float x, float y) {
-    return __fmul_rn(x, y);
-}
-FIVEDP_DEVICE double product(double x, double y) {
-    return __dmul_rn(x, y);
 }
 // x y + z, rounded once.
 FIVEDP_DEVICE float fused(float x, float y, float z) {

@@ -13,9 +13,15 @@ namespace {
 
 constexpr int blocks_of_multiprocessor = 2, rows_at_a_time = 8;
 
+// The tile that a block is at. It lies in shared memory, since registers are full of sums; thread 0 moves it on.
+struct GemmPlace {
+    std::int64_t number;
+    TileOrigin origin;
+};
+
 struct GemmSource {
     const GemmProblem& problem;
-    TileOrigin origin;
+    const TileOrigin& origin;
     std::int64_t arrived = 0;  // panels of k known to be ready
 
     FIVEDP_DEVICE int n_segments() const { return problem.n_segments; }
@@ -44,54 +50,65 @@ struct TypedGemmSource : GemmSource {
 };
 
 template <class T, class Out>
-FIVEDP_DEVICE void write_tile(const GemmSums<T>& sums, const GemmProblem& problem, std::int64_t batch,
-                              std::int64_t first_row, std::int64_t first_column) {
+FIVEDP_DEVICE void write_tile(const char* laid_down, const GemmProblem& problem, const TileOrigin at) {
     const GemmResult& c = problem.c;
     const Sum<T> alpha = static_cast<Sum<T>>(problem.alpha), beta = static_cast<Sum<T>>(problem.beta);
-    for_pairs(sums, [&](int row, int column, Sum<T> first, Sum<T> second) {
-        const std::int64_t left = problem.n - first_column - column;
-        if (first_row + row >= problem.m || left <= 0) return;
-        const int n = left > 1 ? 2 : 1;
-        char* const to = c.data + batch * c.batch_stride + (first_row + row) * c.row_stride +
-                         (first_column + column) * c.column_stride;
-        if (alpha != 1) first = rounded_product(first, alpha), second = rounded_product(second, alpha);
-        if (beta != 0) {
-            first = rounded_sum(first, rounded_product(beta, to_float(*reinterpret_cast<const Out*>(to))));
-            if (n == 2)
-                second = rounded_sum(
-                    second, rounded_product(beta, to_float(*reinterpret_cast<const Out*>(to + c.column_stride))));
+    for_laid<T, GemmTile<T>::size>(at.a_count, at.b_count, [&](int row, int column, int n) {
+        Vec16<Sum<T>> sum = laid<T>(laid_down, row, column);
+        char* const to = c.data + at.a_batch * c.batch_stride + (at.a_first + row) * c.row_stride +
+                         (at.b_first + column) * c.column_stride;
+        FIVEDP_UNROLL
+        for (int i = 0; i < Vec16<Sum<T>>::n; ++i) {
+            if (alpha != 1) sum.at[i] = rounded_product(sum.at[i], alpha);
+            if (beta != 0 && i < n) {
+                const Sum<T> old = to_float(*reinterpret_cast<const Out*>(to + i * c.column_stride));
+                sum.at[i] = rounded_sum(sum.at[i], rounded_product(beta, old));
+            }
         }
-        store_pair<Out>(to, c.column_stride, n, first, second);
+        store_neighbours<Out>(to, c.column_stride, n, sum.at);
     });
+}
+
+// Moves on by `steps` tiles, called by one thread; nothing is left where the batch is then behind the last one.
+template <class T>
+FIVEDP_DEVICE void advance(GemmPlace& at, const GemmProblem& problem, std::int64_t steps) {
+    constexpr int size = GemmTile<T>::size;
+    const auto least = [](std::int64_t a, std::int64_t b) { return a < b ? a : b; };
+    const std::int64_t rows = (problem.m + size - 1) / size, columns = (problem.n + size - 1) / size;
+    at.number += steps;
+    const std::int64_t of_matrix = at.number % (rows * columns);
+    const std::int64_t band = of_matrix / (rows_at_a_time * columns), of_band = of_matrix % (rows_at_a_time * columns);
+    const std::int64_t height = least(rows - band * rows_at_a_time, rows_at_a_time);
+    TileOrigin& origin = at.origin;
+    origin.a_batch = origin.b_batch = at.number / (rows * columns);
+    origin.a_first = (band * rows_at_a_time + of_band % height) * size;
+    origin.b_first = of_band / height * size;
+    origin.a_count = static_cast<int>(least(problem.m - origin.a_first, size));
+    origin.b_count = static_cast<int>(least(problem.n - origin.b_first, size));
 }
 
 template <class T>
 FIVEDP_KERNEL(gemm_threads, blocks_of_multiprocessor)
 gemm_tiles(const GemmProblem problem) {
-    constexpr int size = GemmTile<T>::size;
-    const std::int64_t rows = (problem.m + size - 1) / size, columns = (problem.n + size - 1) / size;
-    for (std::int64_t tile = block_x(); tile < problem.batch * rows * columns; tile += blocks_x()) {
-        const std::int64_t batch = tile / (rows * columns), of_matrix = tile % (rows * columns);
-        const std::int64_t band = of_matrix / (rows_at_a_time * columns),
-                           of_band = of_matrix % (rows_at_a_time * columns);
-        const std::int64_t height =
-            rows - band * rows_at_a_time < rows_at_a_time ? rows - band * rows_at_a_time : rows_at_a_time;
-        const std::int64_t row = (band * rows_at_a_time + of_band % height) * size, column = of_band / height * size;
-        TypedGemmSource<T> source{{problem, {}}};
-        source.origin.a_first = row;
-        source.origin.b_first = column;
-        source.origin.a_count = static_cast<int>(problem.m - row < size ? problem.m - row : size);
-        source.origin.b_count = static_cast<int>(problem.n - column < size ? problem.n - column : size);
-        source.origin.a_batch = source.origin.b_batch = batch;
+    GemmPlace& at = *reinterpret_cast<GemmPlace*>(dynamic_shared() + GemmTile<T>::shared_bytes);
+    if (thread() == 0) at = {block_x() - blocks_x(), {}};
+    for (;;) {
+        if (thread() == 0) advance<T>(at, problem, blocks_x());
+        sync_block();
+        if (at.origin.a_batch >= problem.batch) return;
         if (problem.ready != nullptr && problem.ready_along_m)
-            wait_for_flags(problem.ready, row / problem.panel, (row + source.origin.a_count - 1) / problem.panel);
-        const OpenSums<T> open{static_cast<Sum<T>*>(problem.workspace) + block_x() * problem.n_open * size * size};
+            wait_for_flags(problem.ready, at.origin.a_first / problem.panel,
+                           (at.origin.a_first + at.origin.a_count - 1) / problem.panel);
+        constexpr std::int64_t of_tile = OpenSums<T>::of_tile;
+        const OpenSums<T> open{static_cast<Sum<T>*>(problem.workspace) + block_x() * problem.n_open * of_tile};
+        TypedGemmSource<T> source{{problem, at.origin}};
         GemmSums<T> sums;
         sum_tile<T>(sums, source, dynamic_shared(), open);
+        lay_down(sums, dynamic_shared());
         if (problem.c.is_sum)
-            write_tile<T, Sum<T>>(sums, problem, batch, row, column);
+            write_tile<T, Sum<T>>(dynamic_shared(), problem, at.origin);
         else
-            write_tile<T, T>(sums, problem, batch, row, column);
+            write_tile<T, T>(dynamic_shared(), problem, at.origin);
     }
 }
 
@@ -120,7 +137,8 @@ void gemm(const GemmProblem& problem, Stream stream) {
     }
     with_type(problem.type, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        launch(gemm_tiles<T>, blocks, 1, 1, gemm_threads, GemmTile<T>::shared_bytes, stream, problem);
+        launch(gemm_tiles<T>, blocks, 1, 1, gemm_threads, GemmTile<T>::shared_bytes + sizeof(GemmPlace), stream,
+               problem);
     });
 }
 

@@ -60,7 +60,6 @@ constexpr int gemm_depth(DeviceType type) {
 }
 
 enum class GroupedKind : int { matmul, outer, hidden };
-enum class DeviceActivation : int { silu, gelu, gelu_tanh, relu };
 constexpr int max_grouped_pieces = 8;
 
 // Group e is the rows offsets[e] <= i < offsets[e + 1]; the offsets are read on the device.
@@ -79,7 +78,7 @@ struct GroupedProblem {
     int gated;
     GemmOperand up_weights;
     GemmResult gate, up;  // where the two products are kept
-    DeviceActivation activation;
+    Activation activation;
 };
 void grouped_product(const GroupedProblem& problem, Stream stream);
 

@@ -79,7 +79,7 @@ FIVEDP_DEVICE void copy_panel(char* to, const GemmOperand& from, const GemmOpera
     using Tile = GemmTile<T>;
     constexpr int rows = along_k ? Tile::depth : Tile::size, columns = along_k ? Tile::size : Tile::depth;
     constexpr int chunks = columns / Tile::per_chunk, rows_a_pass = gemm_threads / chunks;
-    const int chunk = thread() % chunks, row_of_thread = thread() / chunks;
+    const int me = computed_here(thread()), chunk = me % chunks, row_of_thread = me / chunks;
     const int place = chunk * Tile::per_chunk;
     const int column = along_k && second != nullptr ? within_pair(place) : place;
     const int left = n_columns - column;
@@ -326,31 +326,64 @@ FIVEDP_DEVICE void sum_tile(GemmSums<T>& sums, Source& source, char* shared, Ope
     sync_block();  // the next tile's copies overwrite what slower warps read
 }
 
-// Calls with(row, column, two values) for the pairs of neighbouring elements that this thread has of the tile.
-template <class T, class With>
-FIVEDP_DEVICE void for_pairs(const GemmSums<T>& sums, const With& with) {
+// A finished tile goes to global memory by way of shared memory, where a thread finds neighbours of a row: whole rows
+// are written at once, by a short loop. 8 elements more a row put the lanes that write at a time in different banks.
+template <class T>
+constexpr int laid_pitch = GemmTile<T>::size + 8;
+
+template <class T>
+FIVEDP_DEVICE void lay_down(const GemmSums<T>& sums, char* shared) {
     using Tile = GemmTile<T>;
+    struct alignas(2 * sizeof(Sum<T>)) Pair {
+        Sum<T> first, second;
+    };
+    static_assert(Tile::size * laid_pitch<T> * static_cast<int>(sizeof(Sum<T>)) <= Tile::shared_bytes);
     const int row = warp() / 2 * Tile::of_warp + lane() / 4, column = warp() % 2 * Tile::of_warp + lane() % 4 * 2;
+    Sum<T>* const to = reinterpret_cast<Sum<T>*>(shared) + row * laid_pitch<T> + column;
     FIVEDP_UNROLL
     for (int i = 0; i < Tile::row_tiles; ++i) FIVEDP_UNROLL
     for (int half = 0; half < 2; ++half) FIVEDP_UNROLL
     for (int j = 0; j < Tile::column_tiles; ++j)
-        with(row + 16 * i + 8 * half, column + 8 * j, sums.at[i][j][2 * half], sums.at[i][j][2 * half + 1]);
+        *reinterpret_cast<Pair*>(to + (16 * i + 8 * half) * laid_pitch<T> + 8 * j) = {sums.at[i][j][2 * half],
+                                                                                      sums.at[i][j][2 * half + 1]};
+    sync_block();
 }
 
-// Stores n = 1 or 2 neighbours of a row, at once where they lie so.
+// Some neighbours of a row of the tile.
 template <class T>
-FIVEDP_DEVICE void store_pair(char* to, std::int64_t column_stride, int n, Sum<T> first, Sum<T> second) {
-    struct alignas(2 * sizeof(T)) Pair {
-        T first, second;
-    };
-    const T low = from_float<T>(first), high = from_float<T>(second);
-    if (n == 2 && column_stride == sizeof(T) && reinterpret_cast<std::uintptr_t>(to) % sizeof(Pair) == 0) {
-        *reinterpret_cast<Pair*>(to) = {low, high};
-    } else {
-        *reinterpret_cast<T*>(to) = low;
-        if (n == 2) *reinterpret_cast<T*>(to + column_stride) = high;
+FIVEDP_DEVICE Vec16<Sum<T>> laid(const char* shared, int row, int column) {
+    return *reinterpret_cast<const Vec16<Sum<T>>*>(reinterpret_cast<const Sum<T>*>(shared) + row * laid_pitch<T> +
+                                                   column);
+}
+
+// Calls with(row, column, n) for every place of the tile where n neighbours of a row are to be written; n is less than
+// that of Vec16<Sum<T>> at the right border. Afterwards shared memory is free.
+template <class T, int columns, class With>
+FIVEDP_DEVICE void for_laid(int n_rows, int n_columns, const With& with) {
+    constexpr int per = Vec16<Sum<T>>::n, chunks = columns / per;
+    FIVEDP_NO_UNROLL
+    for (int i = thread(); i < n_rows * chunks; i += gemm_threads) {
+        const int column = i % chunks * per, left = n_columns - column;
+        if (left > 0) with(i / chunks, column, left < per ? left : per);
     }
+    sync_block();
+}
+
+// Stores n of some neighbours of a row, at once where they lie so.
+template <class T, class S, int most>
+FIVEDP_DEVICE void store_neighbours(char* to, std::int64_t column_stride, int n, const S (&values)[most]) {
+    struct alignas(most * sizeof(T)) Whole {
+        T at[most];
+    } whole;
+    FIVEDP_UNROLL
+    for (int i = 0; i < most; ++i) whole.at[i] = from_float<T>(values[i]);
+    if (n == most && column_stride == sizeof(T) && reinterpret_cast<std::uintptr_t>(to) % sizeof(Whole) == 0) {
+        *reinterpret_cast<Whole*>(to) = whole;
+        return;
+    }
+    FIVEDP_UNROLL
+    for (int i = 0; i < most; ++i)
+        if (i < n) *reinterpret_cast<T*>(to + i * column_stride) = whole.at[i];
 }
 
 }  // namespace fivedp

@@ -8,9 +8,9 @@
 // Blocks stay and take tiles (expert, columns, rows) in turns: each reads the offsets itself and walks through the
 // experts once, so the host knows no sizes and waits for nothing. Rows lie anywhere: their addresses come from a table,
 // and the copies to shared memory gather them. For hidden a tile has 64 columns of both products, in turns of 8, so
-// that gate and up of an element meet in one thread's registers and neither needs to be stored. 2 R K N FLOPs (twice
+// that gate and up of an element meet in one block and neither needs to be stored. 2 R K N FLOPs (twice
 // that with a gate); w is read once for every 128 rows of a group, x once for every 128 columns.
-#include "cuda/activation.cuh"
+#include "cuda/activations.cuh"
 #include "cuda/gemm_tile.cuh"
 #include "cuda/with_type.cuh"
 
@@ -19,24 +19,27 @@ namespace {
 
 constexpr int blocks_of_multiprocessor = 2;
 
+// Where a block is in the work list. It lies in shared memory, since registers are full of sums; thread 0 moves it on.
+struct GroupedTile {
+    std::int64_t number;                   // of the tile
+    std::int64_t columns;                  // of tiles of an expert
+    std::int64_t before;                   // tiles of earlier experts
+    std::int64_t expert, first_row, rows;  // the group's
+    TileOrigin origin;
+};
+
 struct GroupedSource {
     const GroupedProblem& problem;
-    TileOrigin origin;
-    std::int64_t group_rows;  // k of an outer product
+    const GroupedTile& tile;
+    const TileOrigin& origin;
 
     FIVEDP_DEVICE int n_segments() const { return problem.n_pieces; }
-    FIVEDP_DEVICE std::int64_t k(int i) const { return problem.kind == GroupedKind::outer ? group_rows : problem.k[i]; }
+    FIVEDP_DEVICE std::int64_t k(int i) const { return problem.kind == GroupedKind::outer ? tile.rows : problem.k[i]; }
     FIVEDP_DEVICE int merges(int) const { return -1; }
     FIVEDP_DEVICE const GemmOperand& a(int i) const { return problem.x[i]; }
     FIVEDP_DEVICE const GemmOperand& b(int i) const { return problem.w[i]; }
     FIVEDP_DEVICE const GemmOperand* second() const { return problem.gated ? &problem.up_weights : nullptr; }
     FIVEDP_DEVICE void wait(int, std::int64_t) const {}
-};
-
-// A tile of the work list, and the expert it belongs to.
-struct GroupedTile {
-    std::int64_t expert = 0, first_row = 0, rows = 0;  // the group's
-    std::int64_t before = 0;                           // tiles of earlier experts
 };
 
 FIVEDP_DEVICE std::int64_t least(std::int64_t a, std::int64_t b) {
@@ -48,109 +51,106 @@ FIVEDP_DEVICE char* place_in(const GemmResult& result, std::int64_t batch, std::
     return result.data + batch * result.batch_stride + row * result.row_stride + column * result.column_stride;
 }
 
-// Rounded to T and back: an activation is of gate and up as they are stored.
+// Some neighbours of a row, rounded to T, to the place in a result that may not be wanted.
 template <class T>
-FIVEDP_DEVICE Sum<T> stored(Sum<T> value) {
-    return to_float(from_float<T>(value));
+FIVEDP_DEVICE void keep(const GemmResult& result, std::int64_t row, std::int64_t column, int n,
+                        const Vec16<Sum<T>>& sums) {
+    if (result.data != nullptr)
+        store_neighbours<T>(place_in<T>(result, 0, row, column), result.column_stride, n, sums.at);
+}
+
+// The activation is one of gate or up as they are stored.
+template <class T>
+FIVEDP_DEVICE Vec16<Sum<T>> activate(Activation activation, const Vec16<Sum<T>>& sums) {
+    T stored[Vec16<Sum<T>>::n];
+    FIVEDP_UNROLL
+    for (int i = 0; i < Vec16<Sum<T>>::n; ++i) stored[i] = from_float<T>(sums.at[i]);
+    Vec16<Sum<T>> values, slopes;
+    activate_all(activation, stored, values.at, slopes.at);
+    return values;
 }
 
 template <class T>
-FIVEDP_DEVICE void write_product(const GemmSums<T>& sums, const GroupedProblem& problem, const TileOrigin& at,
-                                 std::int64_t row, bool activated) {
+FIVEDP_DEVICE void write_product(const char* laid_down, const GroupedProblem& problem, const GroupedTile& tile) {
     const GemmResult& out = problem.out;
-    for_pairs(sums, [&](int r, int c, Sum<T> first, Sum<T> second) {
-        if (r >= at.a_count || c >= at.b_count) return;
-        const int n = c + 1 < at.b_count ? 2 : 1;
-        if (activated) {
-            if (problem.up.data != nullptr)
-                store_pair<T>(place_in<T>(problem.up, 0, row + r, at.b_first + c), problem.up.column_stride, n, first,
-                              second);
-            first = activate(problem.activation, stored<T>(first));
-            second = activate(problem.activation, stored<T>(second));
+    const TileOrigin at = tile.origin;
+    const std::int64_t expert = problem.kind == GroupedKind::outer ? tile.expert : 0;
+    for_laid<T, GemmTile<T>::size>(at.a_count, at.b_count, [&](int r, int c, int n) {
+        const std::int64_t row = at.a_first + r, column = at.b_first + c;
+        Vec16<Sum<T>> sums = laid<T>(laid_down, r, c);
+        if (problem.kind == GroupedKind::hidden) {
+            keep<T>(problem.up, row, column, n, sums);
+            sums = activate<T>(problem.activation, sums);
         }
-        char* const to = place_in<T>(out, at.b_batch, row + r, at.b_first + c);
+        char* const to = place_in<T>(out, expert, row, column);
         if (out.is_sum)
-            store_pair<Sum<T>>(to, out.column_stride, n, first, second);
+            store_neighbours<Sum<T>>(to, out.column_stride, n, sums.at);
         else
-            store_pair<T>(to, out.column_stride, n, first, second);
+            store_neighbours<T>(to, out.column_stride, n, sums.at);
     });
 }
 
 template <class T>
-FIVEDP_DEVICE void write_gated(const GemmSums<T>& sums, const GroupedProblem& problem, const TileOrigin& at,
-                               std::int64_t row) {
-    using Tile = GemmTile<T>;
-    const int first_row = warp() / 2 * Tile::of_warp + lane() / 4;
-    const int first_column = warp() % 2 * (Tile::of_warp / 2) + lane() % 4 * 2;
-    FIVEDP_UNROLL
-    for (int i = 0; i < Tile::row_tiles; ++i) FIVEDP_UNROLL
-    for (int half = 0; half < 2; ++half) FIVEDP_UNROLL
-    for (int j = 0; j < Tile::column_tiles; j += 2) {
-        const int r = first_row + 16 * i + 8 * half, c = first_column + 4 * j;
-        if (r >= at.a_count || c >= at.b_count) continue;
-        const int n = c + 1 < at.b_count ? 2 : 1;
-        const Sum<T>(&gate)[4] = sums.at[i][j], (&up)[4] = sums.at[i][j + 1];
-        const std::int64_t column = at.b_first + c;
-        if (problem.gate.data != nullptr)
-            store_pair<T>(place_in<T>(problem.gate, 0, row + r, column), problem.gate.column_stride, n, gate[2 * half],
-                          gate[2 * half + 1]);
-        if (problem.up.data != nullptr)
-            store_pair<T>(place_in<T>(problem.up, 0, row + r, column), problem.up.column_stride, n, up[2 * half],
-                          up[2 * half + 1]);
-        Sum<T> hidden[2];
+FIVEDP_DEVICE void write_gated(const char* laid_down, const GroupedProblem& problem, const TileOrigin at) {
+    for_laid<T, GemmTile<T>::size / 2>(at.a_count, at.b_count, [&](int r, int c, int n) {
+        const std::int64_t row = at.a_first + r, column = at.b_first + c;
+        const int turn = c / 8 * 16 + c % 8;
+        const Vec16<Sum<T>> gate = laid<T>(laid_down, r, turn), up = laid<T>(laid_down, r, turn + 8);
+        keep<T>(problem.gate, row, column, n, gate);
+        keep<T>(problem.up, row, column, n, up);
+        Vec16<Sum<T>> hidden = activate<T>(problem.activation, gate);
         FIVEDP_UNROLL
-        for (int e = 0; e < 2; ++e)
-            hidden[e] = rounded_product(activate(DeviceActivation::silu, stored<T>(gate[2 * half + e])),
-                                        stored<T>(up[2 * half + e]));
-        store_pair<T>(place_in<T>(problem.out, 0, row + r, column), problem.out.column_stride, n, hidden[0], hidden[1]);
+        for (int i = 0; i < Vec16<Sum<T>>::n; ++i)
+            hidden.at[i] = rounded_product(hidden.at[i], to_float(from_float<T>(up.at[i])));
+        keep<T>(problem.out, row, column, n, hidden);
+    });
+}
+
+// Moves on by `steps` tiles; the expert is n_experts where there is none. Called by one thread.
+template <class T>
+FIVEDP_DEVICE void advance(GroupedTile& at, const GroupedProblem& problem, std::int64_t steps) {
+    constexpr int size = GemmTile<T>::size;
+    const bool outer = problem.kind == GroupedKind::outer;
+    const int width = problem.gated ? size / 2 : size;
+    const auto height = [&] { return ((outer ? problem.m : at.rows) + size - 1) / size; };
+    at.number += steps;
+    while (at.expert < 0 || at.number - at.before >= at.columns * height()) {
+        if (at.expert >= 0) at.before += at.columns * height();
+        if (++at.expert >= problem.n_experts) return;
+        at.first_row = problem.offsets[at.expert];
+        at.rows = problem.offsets[at.expert + 1] - at.first_row;
     }
+    const std::int64_t row = (at.number - at.before) % height() * size;
+    TileOrigin& origin = at.origin;
+    origin.a_count = static_cast<int>(least((outer ? problem.m : at.rows) - row, size));
+    origin.b_first = (at.number - at.before) / height() * width;
+    origin.b_count = static_cast<int>(least(problem.n - origin.b_first, width));
+    // The factors of an outer product are rows, which know no experts.
+    origin.a_first = outer ? row : at.first_row + row;
+    origin.k_first = outer ? at.first_row : 0;
+    origin.b_batch = outer ? 0 : at.expert;
 }
 
 template <class T>
 FIVEDP_KERNEL(gemm_threads, blocks_of_multiprocessor)
 grouped_tiles(const GroupedProblem problem) {
-    constexpr int size = GemmTile<T>::size;
-    const bool outer = problem.kind == GroupedKind::outer;
-    const int width = problem.gated ? size / 2 : size;
-    const std::int64_t columns = (problem.n + width - 1) / width;
-    GroupedTile at;
-    const auto tiles_of = [&](std::int64_t rows) { return columns * (((outer ? problem.m : rows) + size - 1) / size); };
-    const auto enter = [&] {  // expert at.expert, if there is one
+    GroupedTile& at = *reinterpret_cast<GroupedTile*>(dynamic_shared() + GemmTile<T>::shared_bytes);
+    if (thread() == 0) {
+        const int width = problem.gated ? GemmTile<T>::size / 2 : GemmTile<T>::size;
+        at = {block_x() - blocks_x(), (problem.n + width - 1) / width, 0, -1, 0, 0, {}};
+    }
+    for (;;) {
+        if (thread() == 0) advance<T>(at, problem, blocks_x());
+        sync_block();
         if (at.expert >= problem.n_experts) return;
-        at.first_row = problem.offsets[at.expert];
-        at.rows = problem.offsets[at.expert + 1] - at.first_row;
-    };
-    enter();
-    for (std::int64_t tile = block_x();; tile += blocks_x()) {
-        while (at.expert < problem.n_experts && tile - at.before >= tiles_of(at.rows)) {
-            at.before += tiles_of(at.rows);
-            ++at.expert;
-            enter();
-        }
-        if (at.expert >= problem.n_experts) return;
-        const std::int64_t of_expert = tile - at.before, height = tiles_of(at.rows) / columns;
-        const std::int64_t row = of_expert % height * size, column = of_expert / height * width;
-        GroupedSource source{problem, {}, at.rows};
-        TileOrigin& origin = source.origin;
-        origin.a_count = static_cast<int>(least((outer ? problem.m : at.rows) - row, size));
-        origin.b_first = column;
-        origin.b_count = static_cast<int>(least(problem.n - column, width));
-        if (outer) {
-            origin.a_first = row;
-            origin.k_first = at.first_row;
-        } else {
-            origin.a_first = at.first_row + row;
-        }
-        // The weights of an outer product are rows, which know no experts; its result does.
-        if (!outer) origin.b_batch = at.expert;
+        GroupedSource source{problem, at, at.origin};
         GemmSums<T> sums;
         sum_tile<T>(sums, source, dynamic_shared(), OpenSums<T>{nullptr});
-        if (problem.gated) {
-            write_gated<T>(sums, problem, origin, origin.a_first);
-        } else {
-            origin.b_batch = outer ? at.expert : 0;
-            write_product<T>(sums, problem, origin, origin.a_first, problem.kind == GroupedKind::hidden);
-        }
+        lay_down(sums, dynamic_shared());
+        if (problem.gated)
+            write_gated<T>(dynamic_shared(), problem, at.origin);
+        else
+            write_product<T>(dynamic_shared(), problem, at);
     }
 }
 
@@ -168,8 +168,8 @@ void grouped_product(const GroupedProblem& problem, Stream stream) {
                 : problem.n_rows / size + (problem.n_experts < problem.n_rows ? problem.n_experts : problem.n_rows);
         const std::int64_t tiles = rows * ((problem.n + width - 1) / width);
         const std::int64_t at_once = static_cast<std::int64_t>(blocks_of_multiprocessor) * multiprocessors();
-        launch(grouped_tiles<T>, tiles < at_once ? tiles : at_once, 1, 1, gemm_threads, GemmTile<T>::shared_bytes,
-               stream, problem);
+        launch(grouped_tiles<T>, tiles < at_once ? tiles : at_once, 1, 1, gemm_threads,
+               GemmTile<T>::shared_bytes + sizeof(GroupedTile), stream, problem);
     });
 }
 

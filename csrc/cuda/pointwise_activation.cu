@@ -26,7 +26,7 @@ activation_rows(DeviceActivationProblem p, int warps, bool wide) {
     const T* const gate = static_cast<const T*>(p.gate) + row * p.gate_stride;
     const T* const up = static_cast<const T*>(p.up) + row * p.up_stride;
     T* const hidden = static_cast<T*>(p.hidden) + row * p.hidden_stride;
-    const Activation activation = gated ? Activation::silu : static_cast<Activation>(p.activation);
+    const Activation activation = p.activation;
     for (std::int64_t first = n * place.thread; first < p.columns; first += n * place.threads) {
         const Elements<T, n> u = load_elements<n>(up, first, p.columns, wide);
         Elements<T, n> g = u, result;
@@ -55,7 +55,7 @@ activation_gradient_rows(DeviceActivationGradientProblem p, int warps, bool wide
     T* const d_gate = static_cast<T*>(p.d_gate) + row * p.d_gate_stride;
     T* const d_up = static_cast<T*>(p.d_up) + row * p.d_up_stride;
     T* const hidden_weighted = static_cast<T*>(p.hidden_weighted) + row * p.hidden_weighted_stride;
-    const Activation activation = gated ? Activation::silu : static_cast<Activation>(p.activation);
+    const Activation activation = p.activation;
     const S weight = p.weights != nullptr && columns > 0 ? static_cast<const S*>(p.weights)[row] : S(1);
     S dot[1] = {0};
     for (std::int64_t first = n * place.thread; first < columns; first += n * place.threads) {

@@ -10,7 +10,7 @@ namespace fivedp {
 // hidden = silu(gate) * up, or activation(up) where gate is null. Rows of contiguous elements; strides in elements.
 struct DeviceActivationProblem {
     DeviceType type;
-    int activation;  // of cuda/activations.cuh
+    Activation activation;
     const void *gate, *up;
     void* hidden;
     std::int64_t rows, columns, gate_stride, up_stride, hidden_stride;
@@ -21,7 +21,7 @@ void activation_forward(const DeviceActivationProblem& problem, Stream stream);
 // an input of its type.
 struct DeviceActivationGradientProblem {
     DeviceType type, d_hidden_type;  // the second: the first, or that of sums
-    int activation;
+    Activation activation;
     const void *d_hidden, *gate, *up;
     const void* weights;  // (rows,) in the type of sums; null for ones
     void *d_gate, *d_up, *hidden_weighted;

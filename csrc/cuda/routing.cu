@@ -154,18 +154,19 @@ route_tokens(DeviceRouting problem, bool shared_choices) {
         if (log_sum > 1048576.0 || log_sum < -1048576.0) {
             ++beyond;
         } else {
-            const double square = product(log_sum, log_sum);
+            const double square = rounded_product(log_sum, log_sum);
             const std::int64_t below = static_cast<std::int64_t>(square);
             whole += below;
-            fraction += static_cast<std::int64_t>(product(square - static_cast<double>(below), routing_units) + 0.5);
+            fraction +=
+                static_cast<std::int64_t>(rounded_product(square - static_cast<double>(below), routing_units) + 0.5);
         }
         if (lane() == 0) static_cast<S*>(problem.log_sum)[row] = token.log_sum;
         FIVEDP_UNROLL
         for (int r = 0; r < registers; ++r) {
             const int expert = 32 * r + lane();
             if (expert >= experts) continue;
-            const double probability = static_cast<double>(product(scores[r], token.probability_factor));
-            rows.probabilities[expert] += rounded(product(probability, routing_units));
+            const double probability = static_cast<double>(rounded_product(scores[r], token.probability_factor));
+            rows.probabilities[expert] += rounded(rounded_product(probability, routing_units));
             if (problem.scores != nullptr) static_cast<S*>(problem.scores)[row * experts + expert] = scores[r];
         }
         if (problem.choice == DeviceChoice::none) continue;
@@ -203,7 +204,8 @@ route_tokens(DeviceRouting problem, bool shared_choices) {
         if (lane() < slots) {
             const std::int64_t place = row * slots + lane();
             if (problem.choice == DeviceChoice::by_score) problem.chosen[place] = chosen;
-            static_cast<S*>(problem.weights)[place] = product(product(slot.score, slot.factor), S(problem.scale));
+            static_cast<S*>(problem.weights)[place] =
+                rounded_product(rounded_product(slot.score, slot.factor), S(problem.scale));
         }
         if (filled && shared_choices)
             atomic_add(choices + lane() * experts + chosen, 1);

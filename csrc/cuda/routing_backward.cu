@@ -41,7 +41,7 @@ route_backward(DeviceRouting problem) {
             mean_balance = row_sum<S, registers>([&](int r) {
                 const int expert = 32 * r + lane();
                 const S b = expert < experts ? balance[expert] : S(0);
-                return product(b, product(scores[r], token.probability_factor));
+                return rounded_product(b, rounded_product(scores[r], token.probability_factor));
             });
 
         // Slots.
@@ -62,17 +62,17 @@ route_backward(DeviceRouting problem) {
         const SlotScore<S> slot = score_slots(problem, chosen >= 0, problem.sigmoid ? sigmoid(read) : read);
         S mean = 0;
         if (problem.normalize || !problem.sigmoid) {
-            const S share = product(product(slot.score, slot.factor), gradient);
+            const S share = rounded_product(rounded_product(slot.score, slot.factor), gradient);
             for (int i = 0; i < slots; ++i) mean += warp_from(share, i);
         }
         const bool of_all = !problem.normalize && !problem.sigmoid;
-        const S all = product(-scale, mean), less = of_all ? S(0) : mean;
+        const S all = rounded_product(-scale, mean), less = of_all ? S(0) : mean;
         const S slope = problem.sigmoid ? sigmoid_slope(read) : slot.score;
-        const S term = product(product(product(scale, slot.factor), slope), gradient - less);
+        const S term = rounded_product(rounded_product(rounded_product(scale, slot.factor), slope), gradient - less);
         S z_factor = S(problem.z_factor);
         if (problem.z_factor != 0) {
-            z_factor = product(z_factor, static_cast<const S*>(problem.log_sum)[row]);
-            if (problem.sigmoid) z_factor = product(z_factor, token.softmax_inverse);
+            z_factor = rounded_product(z_factor, static_cast<const S*>(problem.log_sum)[row]);
+            if (problem.sigmoid) z_factor = rounded_product(z_factor, token.softmax_inverse);
         }
 
         S* const to = static_cast<S*>(problem.d_logits) + row * experts;
@@ -85,7 +85,8 @@ route_backward(DeviceRouting problem) {
             S d = 0;
             if (balance != nullptr) {
                 const S first = problem.sigmoid ? sigmoid_slope(logit) : scores[r];
-                d = product(product(first, token.probability_factor), (inside ? balance[expert] : S(0)) - mean_balance);
+                d = rounded_product(rounded_product(first, token.probability_factor),
+                                    (inside ? balance[expert] : S(0)) - mean_balance);
             }
             if (of_all) d = fused(scores[r], all, d);
             const int its_slot = inside ? slot_of[expert] : 0;

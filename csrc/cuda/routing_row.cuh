@@ -96,12 +96,12 @@ FIVEDP_DEVICE bool read_row(const DeviceRouting& problem, std::int64_t row, S (&
 template <class S>
 FIVEDP_DEVICE S sigmoid(S z) {
     const S power = cpu_exp(z > S(0) ? -z : z), inverse = S(1) / (S(1) + power);
-    return z >= S(0) ? inverse : product(power, inverse);
+    return z >= S(0) ? inverse : rounded_product(power, inverse);
 }
 template <class S>
 FIVEDP_DEVICE S sigmoid_slope(S z) {
     const S power = cpu_exp(z > S(0) ? -z : z), inverse = S(1) / (S(1) + power);
-    return product(product(power, inverse), inverse);
+    return rounded_product(rounded_product(power, inverse), inverse);
 }
 
 // What a row gives beside its scores.
@@ -130,7 +130,7 @@ FIVEDP_DEVICE TokenRow<S> score_row(const DeviceRouting& problem, const S (&logi
         token.probability_factor = S(1) / (total + S(sigmoid_epsilon));
     } else {
         FIVEDP_UNROLL
-        for (int r = 0; r < registers; ++r) scores[r] = product(scores[r], token.softmax_inverse);
+        for (int r = 0; r < registers; ++r) scores[r] = rounded_product(scores[r], token.softmax_inverse);
     }
     return token;
 }

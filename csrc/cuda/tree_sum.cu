@@ -45,7 +45,7 @@ tree_sum_elements(DeviceTreeSumProblem p, std::int64_t n_elements, bool flat, bo
     const auto add = [](const Values& left, const Values& right) {
         Values sum;
         FIVEDP_UNROLL
-        for (int e = 0; e < n; ++e) sum.at[e] = add_rounded(left.at[e], right.at[e]);
+        for (int e = 0; e < n; ++e) sum.at[e] = rounded_sum(left.at[e], right.at[e]);
         return sum;
     };
 
@@ -71,10 +71,10 @@ tree_sum_elements(DeviceTreeSumProblem p, std::int64_t n_elements, bool flat, bo
     if (p.beta != 0 && flat) result = load_elements<n>(static_cast<const Out*>(out), begin, n_elements, wide);
     FIVEDP_UNROLL
     for (int e = 0; e < n; ++e) {
-        S value = alpha != S(1) ? multiply_rounded(alpha, last.at[e]) : last.at[e];
+        S value = alpha != S(1) ? rounded_product(alpha, last.at[e]) : last.at[e];
         if (p.beta != 0 && begin + e < n_elements) {
             const S old = to_float(flat ? result.at[e] : out[offset(p.out, e)]);
-            value = add_rounded(value, multiply_rounded(beta, old));
+            value = rounded_sum(value, rounded_product(beta, old));
         }
         result.at[e] = from_float<Out>(value);
         if (!flat && begin + e < n_elements) out[offset(p.out, e)] = result.at[e];

@@ -197,6 +197,7 @@ inline void store_release(int* to, int value) {
     *to = value;
 }
 
+// The build has -ffp-contract=off.
 template <class T>
 T rounded_product(T a, T b) {
     return a * b;
@@ -228,13 +229,6 @@ inline std::uint64_t double_as_bits(double value) {
 }
 inline std::int64_t rounded(double value) {
     return std::llrint(value);
-}
-// The build has -ffp-contract=off.
-inline float product(float x, float y) {
-    return x * y;
-}
-inline double product(double x, double y) {
-    return x * y;
 }
 inline float fused(float x, float y, float z) {
     return std::fma(x, y, z);
@@ -269,15 +263,6 @@ inline float normal_distribution(float x) {
 inline void sine_cosine(double x, double* sine, double* cosine) {
     *sine = std::sin(x);
     *cosine = std::cos(x);
-}
-// The emulation is compiled without contraction.
-template <class T>
-T multiply_rounded(T a, T b) {
-    return a * b;
-}
-template <class T>
-T add_rounded(T a, T b) {
-    return a + b;
 }
 inline std::uint16_t float_as_bf16_bits(float value) {
     const std::uint32_t bits = float_as_bits(value);
