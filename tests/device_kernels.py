@@ -22,6 +22,7 @@ from fivedp.kernels._select import sum_type
 from fivedp.kernels.attention import State
 from fivedp.kernels.cuda import activations, attention, experts, gemm, grouped, routing, rows, tree_sum
 from fivedp.kernels.cuda.routing import DeviceRouted, DeviceTotals
+from fivedp.ops import routing as routing_operation
 
 Array = Any
 NO_ROW = np.iinfo(np.int64).max
@@ -158,7 +159,8 @@ def expert_kernels(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "gemm", queued(cpu_gemm.gemm))
     monkeypatch.setattr(tree_sum, "tree_sum", queued(cpu_gemm.tree_sum))
     monkeypatch.setattr(tree_sum, "serves", lambda array: True)
-    monkeypatch.setattr(cpu_gemm, "gemm_backend", lambda: "canonical")
+    for module in (cpu_gemm, routing_operation):
+        monkeypatch.setattr(module, "gemm_backend", lambda: "canonical")
     _routing_kernels(cupy, monkeypatch, queued)
 
 

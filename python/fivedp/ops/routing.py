@@ -26,7 +26,7 @@ from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import routing as kernel
-from fivedp.kernels._select import is_cupy, library_of, sum_type
+from fivedp.kernels._select import gemm_backend, is_cupy, library_of, sum_type
 from fivedp.kernels.device_copies import to_device, to_host
 from fivedp.kernels.gemm import gemm
 from fivedp.kernels.routing import UNITS, Integers, Routed, Rule, Totals
@@ -249,7 +249,9 @@ def route(
 def router_logits(x: Array, router: Array) -> Array:
     """x router, (T, H) by (H, E), in the type of sums; each of the two in the type of tokens or of sums."""
     logits = library_of(x).empty((len(x), router.shape[1]), sum_type(x.dtype))
-    left, right = (a.astype(logits.dtype) if a.dtype != router.dtype else a for a in (x, router))
+    # CuPy's own product would round the logits to the type of its factors.
+    widened = x.dtype != router.dtype or (is_cupy(x) and gemm_backend() != "canonical")
+    left, right = (a.astype(logits.dtype, copy=False) if widened else a for a in (x, router))
     gemm(left, right, logits)
     return logits
 
