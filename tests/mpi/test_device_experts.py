@@ -119,6 +119,11 @@ def test_layer_that_nobody_differentiates(comm: MPI.Intracomm, seed: int, cupy: 
     same_bits(cupy, [found], [fivedp.expert_layer(*arrays, comm, **keywords)])
 
 
+def test_layer_on_a_stream_of_the_callers_own(comm: MPI.Intracomm, seed: int, cupy: Any) -> None:
+    with cupy.cuda.Stream(non_blocking=True):
+        judge(cupy, comm, draw_case(np.random.default_rng(seed), F32, comm.size, shared=4, share="uneven"))
+
+
 @pytest.mark.mpi(min_size=2)
 def test_experts_that_are_cut_themselves(comm: MPI.Intracomm, seed: int, cupy: Any) -> None:
     mesh, rng = fivedp.Mesh(comm, tp=comm.size), np.random.default_rng(seed)
