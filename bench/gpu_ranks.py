@@ -34,6 +34,46 @@ def compare(name: str, device: Any, host: Any, tolerance: float) -> bool:
     return bool(good)
 
 
+def experts(comm: MPI.Intracomm, rng: np.random.Generator) -> list[bool]:
+    """A layer of experts and its backward, routed here and with a routing that was made elsewhere; and its parts."""
+    tokens, width, hidden, n_experts = 160 + comm.rank, 64, 96, 12
+    share = len(np.array_split(np.arange(n_experts), comm.size)[comm.rank])
+    same = np.random.default_rng(1)  # what every rank has whole
+
+    def normal(*shape: int, rng: np.random.Generator = rng) -> np.ndarray:
+        return (rng.standard_normal(shape) * shape[-2] ** -0.5).astype(np.float32)
+
+    # Eighths: the logits are exact, so both libraries choose the same experts.
+    x, router = rng.integers(-16, 17, (tokens, width)) / 8, same.integers(-4, 5, (width, n_experts)) / 8
+    weights = [normal(share, *shape) for shape in ((width, hidden), (width, hidden), (hidden, width))]
+    arrays, dy = [x.astype(np.float32), router.astype(np.float32), *weights], normal(tokens, width)
+    shared = [normal(*shape, rng=same) for shape in ((width, hidden), (width, hidden), (hidden, width))]
+    given = fivedp.routing_workload("zipf", tokens, n_experts, 3, seed=comm.rank)
+    on_device = [cupy.asarray(a) for a in arrays]
+    good = []
+    for name, keywords in (
+        ("expert_layer", {"top_k": 2}),
+        ("expert_layer, a capacity", {"top_k": 3, "capacity_factor": 0.7}),
+        ("expert_layer, routing given", {"routing": given}),
+    ):
+        results = []
+        for xp, own in ((cupy, on_device), (np, arrays)):
+            beside = fivedp.SharedExperts(*(xp.asarray(a) for a in shared))
+            y, state = fivedp.expert_layer(*own, comm, keep=True, shared=beside, **keywords)
+            d = fivedp.expert_layer_backward(xp.asarray(dy), state)
+            of_shared = d.shared.w_up, d.shared.w_gate, d.shared.w_down
+            results.append([y, d.x, d.router, d.w_up, d.w_gate, d.w_down, d.weights, *of_shared])
+        good.append(compare(name, *results, 1e-4))
+    batches = [fivedp.expert_dispatch(a[0], given, comm) for a in (on_device, arrays)]
+    good.append(compare("expert_dispatch", *([batch.tokens] for batch in batches), 0.0))
+    home = [
+        [fivedp.expert_combine(batch.tokens, batch), fivedp.expert_dispatch_backward(batch.tokens, batch)]
+        for batch in batches
+    ]
+    good.append(compare("expert_combine", *home, 0.0))
+    return good
+
+
 def transport_rate(comm: MPI.Intracomm, n_bytes: int = 256 << 20) -> None:
     """Print how fast an array goes from rank 0 to rank 1, beside the copy from the device to pinned memory."""
     array = cupy.full(n_bytes // 4, comm.rank, np.float32)
@@ -92,6 +132,7 @@ def main() -> int:
         host = fivedp.ring_attention_backward(do, q, k, v, out, lse, comm, **keywords)
         device = fivedp.ring_attention_backward(cupy.asarray(do), *on, out_d, lse_d, comm, **keywords)
         good.append(compare(f"ring_attention_backward {order}", device, host, 1e-4))
+    good += experts(comm, own)
     if comm.size > 1:
         transport_rate(comm)
     return int(not all(good))

@@ -515,6 +515,11 @@ def make_module(seed: int = 0) -> Any:
             launch(lambda: np.add(view, source, out=view))
             return self
 
+        def __imul__(self, other: Any) -> Any:
+            view, source = self.view_, host(other)
+            launch(lambda: np.multiply(view, source, out=view))
+            return self
+
         def __isub__(self, other: Any) -> Any:
             view, source = self.view_, host(other)
             launch(lambda: np.subtract(view, source, out=view))
@@ -612,6 +617,7 @@ def make_module(seed: int = 0) -> Any:
     module.ascontiguousarray = contiguous
     module.multiply = multiply
     module.zeros = lambda shape, dtype=float: asarray(np.zeros(shape, dtype))
+    module.ones = lambda shape, dtype=float: asarray(np.ones(shape, dtype))
     module.stack = lambda arrays: concatenate([x[None] for x in arrays])
     module.moveaxis = lambda x, source, target: ndarray(x.block, np.moveaxis(x.view_, source, target))
     module.split = lambda x, places: [ndarray(x.block, part) for part in np.split(x.view_, places)]

@@ -27,7 +27,7 @@ SIZES = [(1, 1, 1), (5, 3, 2), (9, 60, 8), (6, 128, 4), (5, 256, 8), (3, 1024, 1
 def same(host: Any, routed: gpu.DeviceRouted, expected: cpu.Routed) -> None:
     for found, right in zip(routed[:3], expected[:3], strict=True):
         assert bits(host(found)) == bits(right)
-    invalid, unknown, totals = routed.totals.read()
+    invalid, unknown, totals, _ = routed.totals.read()
     assert (invalid, unknown) == (-1, -1)
     for name, found, right in zip(totals._fields, totals, expected.totals, strict=True):
         np.testing.assert_array_equal(found, right, err_msg=name)

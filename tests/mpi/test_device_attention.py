@@ -1,8 +1,4 @@
-"""Attention of CuPy arrays, without a GPU: on a double as asynchronous as a device, whose kernels are the CPU's.
-
-What is tested is everything between the kernels: that arrays stay on the device, that what travels is waited for, that
-gradients are added in place. The kernels being the same, so are the bits of the results.
-"""
+"""Attention of CuPy arrays, without a GPU: on a double as asynchronous as a device, whose kernels are the CPU's."""
 
 from __future__ import annotations
 
@@ -15,11 +11,8 @@ from mpi4py import MPI
 
 import fivedp
 import gpu_double
+from device_kernels import attention_kernels, draw, same_bits
 from fivedp import DTypeError
-from fivedp.kernels import attention as cpu
-from fivedp.kernels._select import sum_type
-from fivedp.kernels.attention import State
-from fivedp.kernels.cuda import attention as on_gpu
 
 RANKS = (1, 2, 3, 4)
 TIMEOUT = 240
@@ -28,73 +21,9 @@ TIMEOUT = 240
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Any]:
     module = gpu_double.install(monkeypatch, seed, cuda_mpi=False)
-    kernels_of_the_cpu(module, monkeypatch)
+    attention_kernels(module, monkeypatch)
     yield module
     module.gpu.running = False
-
-
-def kernels_of_the_cpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of the double's device: those of the CPU, queued on the current stream."""
-
-    def launch(work: Any) -> None:
-        cupy.gpu.current[-1].enqueue(work)
-
-    def state_of(state: State) -> State:
-        return State(state.highest.view_, state.total.view_, state.output.view_)
-
-    def empty_state(q: Any, v_size: int) -> State:
-        batch, queries, heads, _ = q.shape
-        kind = sum_type(q.dtype)
-        highest = cupy.full((batch, heads, queries), -np.inf, kind)
-        return State(highest, cupy.zeros(highest.shape, kind), cupy.zeros((batch, queries, heads, v_size), kind))
-
-    def forward(q: Any, k: Any, v: Any, mask: Any, state: State) -> None:
-        arrays, target = (q.view_, k.view_, v.view_), state_of(state)
-        launch(lambda: cpu.forward(*arrays, mask, target))
-
-    def join(states: list[State]) -> State:
-        result, sources = empty_like(states[0]), [state_of(state) for state in states]
-        target = state_of(result)
-
-        def work() -> None:
-            joined = cpu.join(sources)
-            target.highest[...], target.total[...], target.output[...] = joined.highest, joined.total, joined.output
-
-        launch(work)
-        return result
-
-    def empty_like(state: State) -> State:
-        return State(*(cupy.empty(x.shape, x.dtype) for x in (state.highest, state.total, state.output)))
-
-    def finish(state: State, out: Any) -> Any:
-        lse, source, target = cupy.empty(state.highest.shape, state.highest.dtype), state_of(state), out.view_
-        rows = lse.view_
-        launch(lambda: rows.__setitem__(..., cpu.finish(source, target)))
-        return lse
-
-    def delta(d_out: Any, out: Any) -> Any:
-        batch, queries, heads, _ = out.shape
-        result, arrays = cupy.empty((batch, heads, queries), sum_type(out.dtype)), (d_out.view_, out.view_)
-        rows = result.view_
-        launch(lambda: rows.__setitem__(..., cpu.delta(*arrays)))
-        return result
-
-    def backward(d_out: Any, q: Any, k: Any, v: Any, mask: Any, *rest: Any) -> None:
-        arrays, others = [x.view_ for x in (d_out, q, k, v)], [x.view_ for x in rest]
-        launch(lambda: cpu.backward(*arrays, mask, *others))
-
-    for function in (empty_state, forward, join, finish, delta, backward):
-        monkeypatch.setattr(on_gpu, function.__name__, function)
-
-
-def draw(rng: np.random.Generator, *shape: int) -> Any:
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def same_bits(cupy: Any, device: Any, host: Any) -> None:
-    for got, want in zip(device, host, strict=True):
-        assert type(got) is cupy.ndarray
-        assert cupy.asnumpy(got).tobytes() == np.ascontiguousarray(want).tobytes()
 
 
 WAYS = {

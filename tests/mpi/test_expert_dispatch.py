@@ -124,7 +124,7 @@ def test_wrong_arguments(comm: MPI.Intracomm, where: str) -> None:
     wrong_rows: list[tuple[Any, type[ValueError], str]] = [
         (np.zeros((len(rows) + 1, 9), np.float32), ShapeError, "has shape"),
         (rows.astype(np.float64), DTypeError, "has dtype float64; expected float32"),
-        (rows.tolist(), DTypeError, "is a list; expected a NumPy array"),
+        (rows.tolist(), DTypeError, "is a list; expected a NumPy or CuPy array"),
     ]
     for bad, kind, words in wrong_rows:
         mine = bad if odd else rows

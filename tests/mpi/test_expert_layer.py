@@ -348,7 +348,7 @@ def repeated(experts: Any, weights: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[Change, type[ValueError], str]] = {
-    "list": (argument(0, lambda x: x.tolist()), DTypeError, "`x` is a list; expected a NumPy array"),
+    "list": (argument(0, lambda x: x.tolist()), DTypeError, "`x` is a list; expected a NumPy or CuPy array"),
     "integers": (argument(0, lambda x: x.astype(int)), DTypeError, "`x` has dtype int64; expected float32"),
     "byte order": (argument(0, lambda x: x.astype(">f4")), DTypeError, "`x` has dtype >f4"),
     "one dimension": (argument(0, lambda x: x[0]), ShapeError, r"`x` has shape \(12,\)"),

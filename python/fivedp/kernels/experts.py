@@ -58,7 +58,8 @@ class Rows:
     arrays : sequence of arrays, each (T_s, H)
         Of one type, contiguous along H, any stride between rows; kept alive by this object.
     source, index : int32 (R,)
-        Which array, and which of its rows. A row may be named more than once.
+        Which array, and which of its rows. A row may be named more than once. On the GPU they lie on the device or on
+        the host, and source may be None, where all rows are in one array.
 
     Raises
     ------
@@ -73,7 +74,9 @@ class Rows:
     GPU entries are read by the kernels alone: see `fivedp.kernels.cuda.rows.CudaRows`.
     """
 
-    def __init__(self, arrays: Sequence[Array], source: npt.NDArray[np.int32], index: npt.NDArray[np.int32]) -> None:
+    def __init__(
+        self, arrays: Sequence[Array], source: npt.NDArray[np.int32] | None, index: npt.NDArray[np.int32]
+    ) -> None:
         arrays = list(arrays)
         self._table: Any
         if arrays and is_cupy(arrays[0]):

@@ -4,7 +4,7 @@ What the losses need of all tokens comes as whole numbers (`Totals`): they can b
 of the tokens, to the same result.
 
 CuPy arrays are served by `fivedp.kernels.cuda.routing`, with the same bits. Totals are NumPy arrays all the same, so
-such a call waits for the current stream.
+such a call waits, for one event of the current stream; experts and weights come to the host in the same wait.
 """
 
 from __future__ import annotations
@@ -79,12 +79,16 @@ class Totals(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Experts (T, k) int32 and weights (T, k), the best first, log_sum (T,), the log of the sum of exp(logit)."""
+    """Experts (T, k) int32 and weights (T, k), the best first, log_sum (T,), the log of the sum of exp(logit).
+
+    `on_host` are experts and weights as NumPy arrays: the same ones, or copies of CuPy's.
+    """
 
     experts: npt.NDArray[np.int32]
     weights: Array
     log_sum: Array
     totals: Totals
+    on_host: tuple[npt.NDArray[np.int32], npt.NDArray[Any]]
 
 
 def forward(logits: Array, top_k: int, rule: Rule) -> Routed:
@@ -128,14 +132,14 @@ def _forward(logits: Array, rule: Rule, experts: npt.NDArray[np.int32], given: b
     tokens, slots = experts.shape
     found, log_sum = np.empty((tokens, slots), dtype), np.empty(tokens, dtype)
     totals = _call(logits, slots, rule, experts, given, found, log_sum, None)
-    return Routed(experts, found, log_sum, totals)
+    return Routed(experts, found, log_sum, totals, (experts, found))
 
 
 def scores(logits: Array, rule: Rule) -> tuple[Array, Totals]:
     """The scores (T, E) of all experts, in the type of sums; nothing is chosen."""
     if is_cupy(logits):
         found, device_totals = _gpu().scores(logits, rule)
-        return found, _read_totals(logits, device_totals)
+        return found, _read_totals(logits, device_totals)[0]
     dtype = sum_type(logits.dtype)
     found, log_sum = np.empty(logits.shape, dtype), np.empty(len(logits), dtype)
     return found, _call(logits, 0, rule, None, False, None, log_sum, found)
@@ -163,11 +167,12 @@ def _gpu() -> Any:
 
 
 def _read(logits: Array, routed: Any) -> Routed:
-    return Routed(routed.experts, routed.weights, routed.log_sum, _read_totals(logits, routed.totals))
+    totals, (experts, found) = _read_totals(logits, routed.totals, routed.experts, routed.weights)
+    return Routed(routed.experts, routed.weights, routed.log_sum, totals, (experts, found))
 
 
-def _read_totals(logits: Array, device_totals: Any) -> Totals:
-    invalid, unknown, totals = device_totals.read()
+def _read_totals(logits: Array, device_totals: Any, *beside: Array) -> tuple[Totals, list[Array]]:
+    invalid, unknown, totals, others = device_totals.read(*beside)
     if invalid >= 0:
         _raise_invalid(logits, invalid)
     if unknown >= 0:
@@ -175,7 +180,7 @@ def _read_totals(logits: Array, device_totals: Any) -> Totals:
             f"routing: row {unknown} of `experts` has an expert that there is not; -1 to {logits.shape[1] - 1} would "
             "be right"
         )
-    return Totals(*totals)
+    return Totals(*totals), others
 
 
 def _raise_invalid(logits: Array, row: int) -> NoReturn:

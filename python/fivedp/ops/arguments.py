@@ -7,7 +7,7 @@ found. All ranks see all headers, so all come to the same verdict: the global si
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fivedp.comm.agreement import HEADER_BYTES, agreement_of
 from fivedp.comm.grid import Group
 from fivedp.errors import DTypeError, LayoutError, ShapeError
+from fivedp.kernels._select import is_cupy
 from fivedp.layout.shares import border, part_number
 from fivedp.layout.spec import Layout
 
@@ -83,6 +84,24 @@ def array_kind(array: Array, name: str, operation: str) -> str:
     if type(array).__module__.partition(".")[0] == "cupy":
         return "cupy"
     raise DTypeError(f"{operation}: `{name}` is a {type(array).__name__}; expected a NumPy or CuPy array")
+
+
+def same_kind(operation: str, arrays: Mapping[str, Array | None]) -> str:
+    """ "numpy" or "cupy", where all arrays (None for one that is not given) are of one kind.
+
+    Raises
+    ------
+    DTypeError
+        Where they are not, or one is neither.
+    """
+    kinds = {name: array_kind(array, name, operation) for name, array in arrays.items() if array is not None}
+    first, kind = next(iter(kinds.items()))
+    for name, other in kinds.items():
+        if other != kind:
+            raise DTypeError(
+                f"{operation}: `{first}` is {kind} and `{name}` {other}; all arrays must be NumPy's or all CuPy's"
+            )
+    return kind
 
 
 def check_dtype(array: Array, name: str, operation: str) -> str:
@@ -176,7 +195,8 @@ def agree_on(
             shapes[i] = tuple(array.shape)
             dtypes[i] = None if array.dtype.kind in "iu" else str(array.dtype)
     what = f"called {operation} with {text}"
-    mine = Arguments(operation, text, tuple(shapes), tuple(dtypes), "numpy", "tree", "sum", 1.0, 0.0, error)
+    kind = "cupy" if any(map(is_cupy, arrays)) else "numpy"
+    mine = Arguments(operation, text, tuple(shapes), tuple(dtypes), kind, "tree", "sum", 1.0, 0.0, error)
     headers = agreement_of(group).exchange(pack(mine), what)
     verdict(headers, (), *group.numbering)
     return what, [unpack(row.tobytes()) for row in headers]

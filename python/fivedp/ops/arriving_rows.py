@@ -6,7 +6,8 @@ sends rows as messages also waits for sums to come back, so its rows are taken f
 own, and those that it reads in place) are for the time while nothing has come yet, or while the last sums travel.
 
 When this happens is each rank's own choice: neither its messages nor its results depend on it. Rows that came through
-gateways are taken as a whole: a gateway passes them on when it comes to read its own.
+gateways are taken as a whole: a gateway passes them on when it comes to read its own. So are those of CuPy arrays,
+whose kernels for all experts are launched at once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def run_as_rows_come(
         Given the sources whose rows have gone through all phases, as soon as they have.
     """
     size = travel.plan.group.size
-    at_once = bool(work.owners) or travel.plan.relay is not None
+    at_once = bool(work.owners) or travel.plan.relay is not None or travel.plan.on_device
     for sources in [list(range(size))] if at_once else _batches(travel):
         if len(sources) == size:
             work.own.rows[name] = in_type(travel.rows(), travel.plan)

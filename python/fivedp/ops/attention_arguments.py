@@ -16,7 +16,7 @@ import numpy as np
 
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.layout.sequence import LAYOUTS
-from fivedp.ops.arguments import array_kind
+from fivedp.ops.arguments import same_kind
 
 Array = Any
 Expected = dict[str, tuple[Array, tuple[int, ...] | None]]
@@ -131,12 +131,7 @@ def check_arrays(
     """What one rank can know alone."""
     packed = options.cu_seqlens is not None
     dims, form = (3, "(T_local, H, D), for cu_seqlens is given") if packed else (4, "(B, S_local, H, D)")
-    for name, x in (("q", q), ("k", k), ("v", v), *((name, x) for name, (x, _) in others.items())):
-        if array_kind(x, name, operation) != array_kind(q, "q", operation):
-            raise DTypeError(
-                f"{operation}: `q` is {array_kind(q, 'q', operation)} and `{name}` {array_kind(x, name, operation)}; "
-                "all arrays must be NumPy's or all CuPy's"
-            )
+    same_kind(operation, {"q": q, "k": k, "v": v, **{name: x for name, (x, _) in others.items()}})
     types = _TYPES if isinstance(q, np.ndarray) else (*_TYPES, np.dtype(np.float16))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in types or not x.dtype.isnative:

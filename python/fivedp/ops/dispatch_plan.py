@@ -7,8 +7,10 @@ of each, and come to the same choice of the way.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -16,11 +18,12 @@ import numpy as np
 
 from fivedp.comm.grid import Group
 from fivedp.comm.messages import TAGS, Mailbox
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import library_of, sum_type
 from fivedp.layout.dispatch import Incoming, Outgoing, pair_type
 from fivedp.layout.experts import ExpertCut, cut_experts
 from fivedp.layout.nodes import PER_NODE, Network, Nodes, RowWay, cheapest, row_ways
 from fivedp.layout.relay import NEED, Relay
+from fivedp.ops.plan_tables import PlanTables
 from fivedp.ops.routing import Routing
 
 Array = Any
@@ -53,6 +56,8 @@ class DispatchPlan:
     dtype : dtype
         Of the tokens.
     wire : {"same", "bfloat16"}
+    on_device : bool
+        Whether the tokens are CuPy's. The plan itself is always on the host: see `tables`.
     ways : list of RowWay
         The prices of the ways between nodes; none on one node.
     relay : Relay or None
@@ -69,8 +74,19 @@ class DispatchPlan:
     slots: tuple[int, ...]
     dtype: np.dtype[Any]
     wire: str
+    on_device: bool = False
     ways: tuple[RowWay, ...] = ()
     relay: Relay | None = None
+
+    @property
+    def xp(self) -> Any:
+        """Where the tokens live: numpy or cupy."""
+        return sys.modules["cupy"] if self.on_device else np
+
+    @cached_property
+    def tables(self) -> PlanTables:
+        """What kernels read of it, where they read it."""
+        return PlanTables(self.xp, self.outgoing, self.incoming, self.relay)
 
     @property
     def sums(self) -> np.dtype[Any]:
@@ -208,8 +224,11 @@ def exchange_pairs(mail: Mailbox, outgoing: Outgoing, words: Array) -> tuple[lis
 def plan_dispatch(
     mail: Mailbox, routing: Routing, x: Array, n_tokens: Sequence[int], wire: str, sums: Any
 ) -> DispatchPlan:
-    """Tell every owner which pairs are its own. Collective over the mailbox's group."""
-    group = mail.group
+    """Tell every owner which pairs are its own. Collective over the mailbox's group.
+
+    `mail` and `routing` are those of the host, wherever the tokens `x` are.
+    """
+    group, on_device = mail.group, library_of(x) is not np
     nodes, mine = nodes_of(group), group.index
     cut = cut_experts(routing.n_experts, group.size)
     outgoing = Outgoing(routing.experts, np.asarray(routing.weights, sums), cut, mine)
@@ -218,7 +237,7 @@ def plan_dispatch(
         pairs, counts = exchange_pairs(mail, outgoing, np.array(words, np.int64))
         return DispatchPlan(
             group, cut, outgoing, Incoming(pairs, cut, mine), tuple(n_tokens), tuple(counts.sum(axis=0).tolist()),
-            x.shape[1], tuple(routing.experts.shape), x.dtype, wire,
+            x.shape[1], tuple(routing.experts.shape), x.dtype, wire, on_device,
         )  # fmt: skip
     through = outgoing.through_gateways(nodes)
     for view in (outgoing, through):
@@ -230,10 +249,10 @@ def plan_dispatch(
         per_rank[ranks, node] = per_node[ranks, node] = 0  # what stays on the node crosses to none
     plan = DispatchPlan(
         group, cut, outgoing, incoming, tuple(n_tokens), tuple(counts.sum(axis=0).tolist()),
-        x.shape[1], tuple(routing.experts.shape), x.dtype, wire,
+        x.shape[1], tuple(routing.experts.shape), x.dtype, wire, on_device,
     )  # fmt: skip
     there, back = (x.shape[1] * dtype.itemsize for dtype in (plan.wire_dtype, plan.back_dtype))
-    network, in_place = Network(link=group.grid.link), group.grid.shared is not None
+    network, in_place = Network(link=group.grid.link), group.grid.shared is not None and not on_device
     ways = row_ways(nodes, per_rank, per_node, there, back, network, in_place=in_place)
     if cheapest(ways).name != PER_NODE:
         return replace(plan, ways=tuple(ways))

@@ -8,6 +8,9 @@ ranks, and where their number is a power of two that divides the experts no more
 deduplicated dispatch see DeepEP, 2025; the fixed tree is what makes it exact). Within a node rows are not copied: they
 are read where they lie, in their owner's shared window. The backward of each half has the messages of the other, and
 the plan of a dispatch serves them all.
+
+Rows of CuPy arrays stay on the device: kernels pack them, they travel as messages also within a node, and kernels add
+up the sums. Choices, counts and the plan are the host's, which reads experts and weights once per dispatch.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from fivedp.comm.mesh import TOKEN_AXES, Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace, mailbox
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import library_of, sum_type
 from fivedp.kernels.experts import Rows
-from fivedp.ops.arguments import ARRAY_NAMES, Arguments, agree_on, checked
+from fivedp.ops.arguments import ARRAY_NAMES, Arguments, agree_on, array_kind, checked, same_kind
 from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
 from fivedp.ops.matmul import share_cores
 from fivedp.ops.node_relay import RelayedRows, RelayedSums, add_rows
+from fivedp.ops.plan_tables import send_rows
 from fivedp.ops.routing import Routing
 
 Array = Any
@@ -54,7 +58,7 @@ class ExpertBatch:
     tokens : (R, H)
         Ordered by expert of this rank, then by source rank, then by the token's row there.
     counts : (experts of this rank,) int64
-        Rows of each.
+        Rows of each; a NumPy array, wherever the tokens are.
     plan : DispatchPlan
     """
 
@@ -133,8 +137,7 @@ def check_tensor_axis(operation: str, comm: Any, tensor: str | None) -> None:
 
 def check_rows(operation: str, name: str, array: Any, shape: tuple[int | None, ...], types: Sequence[Any]) -> None:
     """Raise DTypeError or ShapeError where `array` is not of one of the types or not of this shape (None: any size)."""
-    if not isinstance(array, np.ndarray):
-        raise DTypeError(f"{operation}: `{name}` is a {type(array).__name__}; expected a NumPy array")
+    array_kind(array, name, operation)
     if array.dtype not in types or not array.dtype.isnative:
         expected = " or ".join(str(np.dtype(t)) for t in types)
         raise DTypeError(f"{operation}: `{name}` has dtype {array.dtype}; expected {expected}")
@@ -143,24 +146,33 @@ def check_rows(operation: str, name: str, array: Any, shape: tuple[int | None, .
         raise ShapeError(f"{operation}: `{name}` has shape {array.shape}; expected ({text})")
 
 
-def check_routing(operation: str, routing: Any, n_tokens: int) -> None:
-    """Raise where a routing does not belong to so many tokens, or its tables are none that experts can be found by."""
+def check_routing(operation: str, routing: Any, x: Array) -> Routing:
+    """The routing of tokens `x`, on the host.
+
+    Raises where it does not belong to them, or its tables are none that experts can be found by. Tables that were
+    loaded or generated are NumPy arrays, and will do for CuPy's tokens as well.
+    """
     if not isinstance(routing, Routing):
         raise DTypeError(f"{operation}: `routing` is a {type(routing).__name__}; expected what fivedp.route gives")
     experts, weights = routing.experts, routing.weights
+    tables = {"routing.experts": experts, "routing.weights": weights}
+    if same_kind(operation, tables) == "cupy" or routing.state is not None:
+        same_kind(operation, {"x": x, **tables})
     check_rows(operation, "routing.experts", experts, (None, None), (np.dtype(np.int32),))
-    if len(experts) != n_tokens:
-        raise ShapeError(f"{operation}: `routing` is of {len(experts)} tokens and `x` has {n_tokens}")
+    if len(experts) != len(x):
+        raise ShapeError(f"{operation}: `routing` is of {len(experts)} tokens and `x` has {len(x)}")
     if weights.shape != experts.shape:
         raise ShapeError(f"{operation}: `routing` has weights of shape {weights.shape}; expected {experts.shape}")
     # Tables may be recorded elsewhere: what is wrong with them must be known before the first message.
-    ordered = np.sort(experts, axis=1)
+    on_host = routing.on_host()
+    ordered = np.sort(on_host.experts, axis=1)
     for expert in (int(ordered.min(initial=-1)), int(ordered.max(initial=-1))):
         if not -1 <= expert < routing.n_experts:
             raise ShapeError(f"{operation}: `routing` names expert {expert}; expected -1 to {routing.n_experts - 1}")
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
     if twice.any():
         raise ShapeError(f"{operation}: `routing` names an expert twice for token {int(twice.argmax())}; expected once")
+    return on_host
 
 
 class Dispatched:
@@ -173,7 +185,7 @@ class Dispatched:
 
     def __init__(self, mail: Mailbox, plan: DispatchPlan, x: Array, tag: str) -> None:
         self.mail, self.plan = mail, plan
-        self.x = np.ascontiguousarray(x).astype(plan.wire_dtype, copy=False)
+        self.x = mail.xp.ascontiguousarray(x).astype(plan.wire_dtype, copy=False)
         number, incoming = TAGS[tag], plan.incoming
         self._receipts: dict[int, Receipt] = {}
         for source in plan.direct_peers[::-1]:
@@ -182,7 +194,7 @@ class Dispatched:
                 self._receipts[source] = mail.receive_rows(incoming.n_rows[source], whole, self.x.dtype, source, number)
         self._relayed = None if plan.relay is None else RelayedRows(mail, plan, self.x.dtype, number)
         for peer in plan.peers:
-            mail.send_rows(self.x, plan.outgoing.rows[peer], peer, number, 0)
+            send_rows(mail, self.x, plan.tables.rows[peer], peer, number)
         self._waiting = dict(self._receipts)
         self.near = [s for s in range(plan.group.size) if s not in self._receipts or self._receipts[s].note is not None]
         """This rank, those that have no rows, and those whose rows are read in place."""
@@ -204,13 +216,16 @@ class Dispatched:
         plan, incoming = self.plan, self.plan.incoming
         if part == slice(None):
             self.wait(self._receipts)
-        nothing = np.empty((0, plan.width), self.x.dtype)
+        nothing = plan.xp.empty((0, plan.width), self.x.dtype)
         arrays = [nothing] * plan.group.size
         whole = np.zeros(plan.group.size, np.bool_)
         arrays[plan.group.index], whole[plan.group.index] = self.x, True
         for source, receipt in self._receipts.items():
             if source not in self._waiting:
                 arrays[source], whole[source] = receipt.array, receipt.whole
+        if plan.on_device:
+            boxes = [] if self._relayed is None else self._relayed.arrays()[0]
+            return Rows(arrays + boxes, *plan.tables.places)
         senders, token = incoming.source[part], incoming.token[part]
         index = token if whole.all() else np.where(whole[senders], token, incoming.row[part])
         if self._relayed is None or plan.relay is None:
@@ -260,7 +275,7 @@ class Returns:
         for peer in peers:
             if peer in direct and (n := self.plan.incoming.n_sums[peer]):
                 space = self.mail.workspace((n, self.plan.width), self.plan.back_dtype)
-                table = self.plan.incoming.sums([peer], self.weighted)
+                table = self.plan.tables.sums_for(peer, self.weighted)
                 add_rows(table, [rows], self.plan.cut.n_experts, space.array)
                 self.mail.send(space.array, peer, TAGS["replica"], 0)
                 self._spaces.append(space)
@@ -275,11 +290,10 @@ class Returns:
         self.mail.wait(list(receipts.values()))
         # Where rows are of 16 bits they are widened, for partial sums must not be rounded before they are added.
         kind = plan.sums if receipts else rows.dtype
-        arrays = [rows.astype(kind, copy=False)] + [np.empty((0, plan.width), kind)] * plan.group.size
+        arrays = [rows.astype(kind, copy=False)] + [plan.xp.empty((0, plan.width), kind)] * plan.group.size
         for source, receipt in receipts.items():
             arrays[1 + source] = receipt.array.astype(kind, copy=False)
-        table = plan.outgoing.sums(plan.incoming.positions[plan.group.index], self.weighted)
-        add_rows(table, arrays, plan.cut.n_experts, out)
+        add_rows(plan.tables.sums_home(self.weighted), arrays, plan.cut.n_experts, out)
         for receipt in receipts.values():
             self.mail.release(receipt)
         self.mail.flush(0, (TAGS["replica"], TAGS["B"]))
@@ -298,7 +312,7 @@ def in_type(rows: Rows, plan: DispatchPlan) -> Any:
     """The rows as arithmetic takes them: as they lie, or widened where the wire is narrower than the tokens."""
     if plan.wire_dtype == plan.dtype:
         return rows
-    tokens = np.empty(rows.shape, plan.wire_dtype)
+    tokens = plan.xp.empty(rows.shape, plan.wire_dtype)
     kernel.gather_rows(rows, tokens)
     return tokens.astype(plan.dtype)
 
@@ -316,22 +330,23 @@ class ScalarsHome:
 
     def send(self, values: Array, peers: Iterable[int]) -> None:
         """Send to these ranks what belongs to their pairs; `values` are (R,), complete where those are."""
-        positions = self.plan.incoming.positions
+        positions = self.plan.tables.positions
         for peer in peers:
             if peer != self.plan.group.index and len(positions[peer]):
-                self.mail.send(values[positions[peer]], peer, TAGS["A"], 0)
+                self.mail.send(self.plan.xp.take(values, positions[peer], axis=0), peer, TAGS["A"], 0)
 
     def table(self, values: Array) -> Array:
         """(T, k): the numbers of all of this rank's pairs, 0 where a slot is empty."""
-        plan, outgoing, mine = self.plan, self.plan.outgoing, self.plan.group.index
+        xp, tables, mine = self.plan.xp, self.plan.tables, self.plan.group.index
         self.mail.wait(list(self._receipts.values()))
-        by_pair = np.empty(len(outgoing.pairs), values.dtype)
-        by_pair[outgoing.of_owner[mine]] = values[plan.incoming.positions[mine]]
+        by_pair = xp.empty(len(self.plan.outgoing.pairs), values.dtype)
+        by_pair[tables.of_owner[mine]] = xp.take(values, tables.positions[mine], axis=0)
         for source, receipt in self._receipts.items():
-            by_pair[outgoing.of_owner[source]] = receipt.array
+            by_pair[tables.of_owner[source]] = receipt.array
             self.mail.release(receipt)
-        table = np.zeros(plan.slots, values.dtype)
-        table[outgoing.pairs["token"], outgoing.slots] = by_pair
+        table = xp.zeros(self.plan.slots, values.dtype)
+        token, slot = tables.slots
+        table[token, slot] = by_pair
         return table
 
 
@@ -344,9 +359,9 @@ def expert_dispatch(x: Array, routing: Routing, comm: Mesh | MPI.Intracomm, *, w
     Parameters
     ----------
     x : (T, H)
-        This rank's tokens; float32, float64 or bfloat16. T may differ between ranks and be 0.
+        This rank's tokens, NumPy's or CuPy's; float32, float64 or bfloat16. T may differ between ranks and be 0.
     routing : Routing
-        Of these tokens.
+        Of these tokens, with tables of their kind; one that was loaded or generated also where tokens are CuPy's.
     comm : Mesh or MPI.Intracomm
         Its ranks own the experts, by the block rule; of a mesh, those of axis ep.
     wire : {"same", "bfloat16"}
@@ -371,20 +386,21 @@ def expert_dispatch(x: Array, routing: Routing, comm: Mesh | MPI.Intracomm, *, w
     """
     name, group = "expert_dispatch", group_of(comm)
 
-    def check() -> None:
+    def check() -> Routing:
         check_rows(name, "x", x, (None, None), TYPES)
-        check_routing(name, routing, len(x))
         if wire not in WIRES:
             raise LayoutError(f'{name}: wire is {wire!r}; expected "same" or "bfloat16"')
+        return check_routing(name, routing, x)
 
-    _, error = checked(check)
+    chosen, error = checked(check)
     text = f"{getattr(routing, 'n_experts', 0)} experts, wire={wire}"
     what, everyone = agree(name, group, text, (x,), error)
     n_tokens = [shapes[0] for other in everyone if (shapes := other.shapes[0]) is not None]
-    with mailbox(group, what, np) as mail:
-        plan = plan_dispatch(mail, routing, x, n_tokens, wire, sum_type(x.dtype))
+    assert chosen is not None
+    with mailbox(group, what, library_of(x)) as mail:
+        plan = plan_dispatch(mail.host, chosen, x, n_tokens, wire, sum_type(x.dtype))
         travel = Dispatched(mail, plan, x, "C")
-        tokens = np.empty((plan.n_rows, plan.width), plan.wire_dtype)
+        tokens = plan.xp.empty((plan.n_rows, plan.width), plan.wire_dtype)
         kernel.gather_rows(travel.rows(), tokens)
         travel.release()
     return ExpertBatch(tokens.astype(x.dtype, copy=False), plan.incoming.counts, plan)
@@ -442,18 +458,19 @@ def expert_combine_backward(dy: Array, expert_out: Array, batch: ExpertBatch) ->
     name, plan = "expert_combine_backward", batch.plan
 
     def check() -> None:
+        same_kind(name, {"batch.tokens": batch.tokens, "dy": dy, "expert_out": expert_out})
         check_rows(name, "dy", dy, (plan.outgoing.n_tokens, plan.width), (plan.dtype,))
         check_rows(name, "expert_out", expert_out, (plan.n_rows, plan.width), (plan.dtype, plan.sums))
 
     _, error = checked(check)
     what, _ = agree(name, plan.group, f"{plan.cut.n_experts} experts", (dy, expert_out), error)
-    with mailbox(plan.group, what, np) as mail:
+    with mailbox(plan.group, what, plan.xp) as mail:
         travel = Dispatched(mail, plan, dy, "C")
         rows = in_type(travel.rows(), plan)
-        d_expert_out = np.empty((plan.n_rows, plan.width), plan.dtype)
-        kernel.weighted_rows(rows, plan.incoming.weights, d_expert_out)
-        dots = np.empty(plan.n_rows, plan.sums)
-        kernel.row_dots(rows, np.ascontiguousarray(expert_out), dots)
+        d_expert_out = plan.xp.empty((plan.n_rows, plan.width), plan.dtype)
+        kernel.weighted_rows(rows, plan.tables.weights, d_expert_out)
+        dots = plan.xp.empty(plan.n_rows, plan.sums)
+        kernel.row_dots(rows, plan.xp.ascontiguousarray(expert_out), dots)
         travel.release()
         home = ScalarsHome(mail, plan, dots.dtype)
         home.send(dots, plan.peers)
@@ -484,9 +501,14 @@ def expert_dispatch_backward(d_tokens: Array, batch: ExpertBatch) -> Array:
 
 def _bring_home(operation: str, name: str, rows: Array, batch: ExpertBatch, *, weighted: bool) -> Array:
     plan = batch.plan
-    _, error = checked(lambda: check_rows(operation, name, rows, (plan.n_rows, plan.width), (plan.dtype, plan.sums)))
+
+    def check() -> None:
+        same_kind(operation, {"batch.tokens": batch.tokens, name: rows})
+        check_rows(operation, name, rows, (plan.n_rows, plan.width), (plan.dtype, plan.sums))
+
+    _, error = checked(check)
     what, _ = agree(operation, plan.group, f"{plan.cut.n_experts} experts", (rows,), error)
-    out = np.empty((plan.outgoing.n_tokens, plan.width), plan.dtype)
-    with mailbox(plan.group, what, np) as mail:
-        combine(mail, plan, np.ascontiguousarray(rows), out, weighted=weighted)
+    out = plan.xp.empty((plan.outgoing.n_tokens, plan.width), plan.dtype)
+    with mailbox(plan.group, what, plan.xp) as mail:
+        combine(mail, plan, plan.xp.ascontiguousarray(rows), out, weighted=weighted)
     return out

@@ -19,17 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import Mailbox, mailbox
 from fivedp.errors import LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import library_of, sum_type
 from fivedp.kernels.gemm import gemm
 from fivedp.layout.shares import share
-from fivedp.ops.arguments import checked
+from fivedp.ops.arguments import checked, same_kind
 from fivedp.ops.arriving_rows import run_as_rows_come
 from fivedp.ops.batch_ranks import BatchRanks
 from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
@@ -135,7 +134,8 @@ def expert_layer(
     Parameters
     ----------
     x : (T, H)
-        This rank's tokens; float32, float64 or bfloat16 (summed in float32). T may differ between ranks and be 0.
+        This rank's tokens; float32, float64 or bfloat16 (summed in float32). T may differ between ranks and be 0. All
+        arrays are NumPy's, or all CuPy's.
     router : (H, E)
         The same on every rank, in the type of x or of sums.
     w_up : (E_local, H, F)
@@ -184,22 +184,24 @@ def expert_layer(
     Notes
     -----
     Collective over all ranks of `comm`. While rows of tokens travel as messages, shared experts are computed, and then
-    the rows that have come, where they are enough (`fivedp.ops.arriving_rows`).
+    the rows that have come, where they are enough (`fivedp.ops.arriving_rows`). Ranks of a node that have few rows take
+    over products of one that has many (`fivedp.ops.work_sharing`); those of CuPy arrays each rank computes itself, and
+    the host waits for the device once, for the routing's choice (again for that of shared experts with a router).
     """
-    name, group, shared_routing = "expert_layer", group_of(comm), None
+    name, group, shared_routing, chosen = "expert_layer", group_of(comm), None, None
 
     def check() -> int:
-        nonlocal shared_routing
+        nonlocal shared_routing, chosen
         check_tensor_axis(name, comm, tensor)
         n_experts = _check(group.size, group.index, x, router, w_up, w_gate, w_down, activation, wire)
         if routing is not None:
-            check_routing(name, routing, len(x))
+            chosen = check_routing(name, routing, x)
             if routing.n_experts != n_experts:
                 raise ShapeError(f"{name}: `routing` has {routing.n_experts} experts and `router` {n_experts}")
             if route_keywords:
                 raise LayoutError(f"{name}: routing is given, and so is {next(iter(route_keywords))}; expected either")
         if shared is not None:
-            check_shared(name, shared, x.shape[1], x.dtype, w_gate is not None, activation)
+            check_shared(name, shared, x, w_gate is not None, activation)
             shared_routing = route_shared(x, shared)
         return n_experts
 
@@ -217,6 +219,7 @@ def expert_layer(
         try:
             # Losses and capacities are those of all ranks' tokens; where neither is asked for, no rank needs another.
             routing = route(logits, top_k, comm=None if alone else comm, **route_keywords)
+            chosen = routing.on_host(just_made=True)
         except ValueError as refused:
             if not alone:
                 raise
@@ -229,10 +232,11 @@ def expert_layer(
         text += f", shared{size}{'' if shared.router is None else ' with a router'}"
     what, n_tokens = agree_along(name, comm, tensor, text, x, error)
     assert routing is not None
-    y = np.empty(x.shape, sum_type(x.dtype) if tensor or shared else x.dtype)
+    assert chosen is not None
+    y = library_of(x).empty(x.shape, sum_type(x.dtype) if tensor or shared else x.dtype)
     beside: SharedForward | None = None
-    with mailbox(group, what, np) as mail:
-        plan = plan_dispatch(mail, routing, x, n_tokens, wire, sum_type(x.dtype))
+    with mailbox(group, what, library_of(x)) as mail:
+        plan = plan_dispatch(mail.host, chosen, x, n_tokens, wire, sum_type(x.dtype))
         work, progress = SharedWork(mail, plan, columns, n_phases=2), mail.progress()
         tokens = work.visible(x)
         travel, returns = Dispatched(mail, plan, tokens, "C"), Returns(mail, plan, weighted=True)
@@ -309,11 +313,16 @@ def expert_layer_backward(
     Collective over the ranks of the forward. The tokens travel once more: owners keep no rows.
     """
     name, plan, x = "expert_layer_backward", state.plan, state.x
-    _, error = checked(lambda: check_rows(name, "dy", dy, x.shape, (x.dtype,)))
+
+    def check() -> None:
+        same_kind(name, {"x": x, "dy": dy})
+        check_rows(name, "dy", dy, x.shape, (x.dtype,))
+
+    _, error = checked(check)
     text = f"{plan.cut.n_experts} experts, tensor={state.tensor}"
     what, _ = agree_along(name, state.comm, state.tensor, text, dy, error)
-    dx, shared = np.empty(x.shape, plan.sums), None
-    with mailbox(plan.group, what, np) as mail:
+    dx, shared = plan.xp.empty(x.shape, plan.sums), None
+    with mailbox(plan.group, what, plan.xp) as mail:
         gradients, d_weights, beside = _through_experts(mail, dy, state, dx)
     if beside is not None:
         dx += beside.d_x
@@ -328,7 +337,7 @@ def expert_layer_backward(
         gemm(d_logits, router.T, dx, beta=1.0)
         d_router = over_tokens(x.astype(plan.sums, copy=False), d_logits, *ranks)
     else:
-        d_router = np.zeros(state.router.shape, plan.sums)
+        d_router = plan.xp.zeros(state.router.shape, plan.sums)
     d_router = d_router.astype(state.router.dtype, copy=False)
     if beside is not None:
         shared = beside.weights(x, dx, *ranks)
@@ -348,7 +357,7 @@ def _through_experts(
     returns, scalars = Returns(mail, plan, weighted=False), ScalarsHome(mail, plan, plan.sums)
     beside = None if state.shared is None else SharedBackward(dy, state.shared, activation, progress)
     items = {"w_up": Item.of("expert", state.w_up), "w_down": Item.of("expert", state.w_down)}
-    items |= {"up": Item.of("row", state.up), "weights": Item.of("row", plan.incoming.weights)}
+    items |= {"up": Item.of("row", state.up), "weights": Item.of("row", plan.tables.weights)}
     items |= {"d_hidden": Item("row", (columns,), plan.sums), "d_weights": Item("row", (), plan.sums)}
     items |= {name: Item("row", (columns,), dtype) for name in ("d_up", "hidden")}
     items["rows"] = Item("row", (plan.width,), plan.sums)
@@ -420,6 +429,7 @@ def _check(
 ) -> int:
     """How many experts there are, where this rank's arguments fit together."""
     name = "expert_layer"
+    same_kind(name, {"x": x, "router": router, "w_up": w_up, "w_gate": w_gate, "w_down": w_down})
     check_rows(name, "x", x, (None, None), TYPES)
     width = x.shape[1]
     check_rows(name, "router", router, (width, None), (x.dtype, sum_type(x.dtype)))

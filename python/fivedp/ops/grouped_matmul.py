@@ -16,6 +16,9 @@ import numpy.typing as npt
 
 from fivedp.errors import DTypeError, ShapeError
 from fivedp.kernels import experts as kernel
+from fivedp.kernels._select import is_cupy, library_of
+from fivedp.kernels.device_copies import to_device
+from fivedp.ops.arguments import same_kind
 
 Array = Any
 
@@ -28,11 +31,11 @@ def grouped_matmul(x: Array, w: Array, counts: Sequence[int] | npt.NDArray[np.in
     Parameters
     ----------
     x : array, (R, K)
-        Rows ordered by expert; float32, float64 or bfloat16.
+        Rows ordered by expert, NumPy's or CuPy's; float32, float64 or bfloat16.
     w : array, (E, K, N)
         One matrix per expert, of the type of x. Any strides.
     counts : (E,) integers
-        Rows of each expert, R in all; some may be 0.
+        Rows of each expert, R in all; some may be 0. On the host, wherever x is.
 
     Returns
     -------
@@ -60,7 +63,7 @@ def grouped_matmul(x: Array, w: Array, counts: Sequence[int] | npt.NDArray[np.in
            [2., 2.]])
     """
     offsets = _checked("grouped_matmul", x, w, counts)
-    y = np.empty((x.shape[0], w.shape[2]), x.dtype)
+    y = library_of(x).empty((x.shape[0], w.shape[2]), x.dtype)
     kernel.grouped_matmul(x, w, offsets, y)
     return y
 
@@ -90,22 +93,20 @@ def grouped_matmul_backward(
         As `grouped_matmul`, and where dy does not fit.
     """
     operation = "grouped_matmul_backward"
-    offsets = _checked(operation, x, w, counts)
-    _check_type(operation, "dy", dy)
+    offsets = _checked(operation, x, w, counts, dy)
     wanted = (x.shape[0], w.shape[2])
     if dy.shape != wanted:
         raise ShapeError(f"{operation}: `dy` has shape {dy.shape}; expected {wanted}, the rows of `x` by N of `w`")
     if dy.dtype != x.dtype:
         raise DTypeError(f"{operation}: `dy` is {dy.dtype} and `x` is {x.dtype}; one type is expected")
-    dx, dw = np.empty(x.shape, x.dtype), np.empty(w.shape, x.dtype)
+    xp = library_of(x)
+    dx, dw = xp.empty(x.shape, x.dtype), xp.empty(w.shape, x.dtype)
     kernel.grouped_matmul(dy, w.transpose(0, 2, 1), offsets, dx)
     kernel.grouped_outer(x, dy, offsets, dw)
     return dx, dw
 
 
 def _check_type(operation: str, name: str, array: Array) -> None:
-    if not isinstance(array, np.ndarray):
-        raise DTypeError(f"{operation}: `{name}` is a {type(array).__name__}; expected a NumPy array")
     if array.dtype not in DTYPES or not array.dtype.isnative:
         raise DTypeError(
             f"{operation}: `{name}` has dtype {array.dtype}; expected one of {', '.join(str(t) for t in DTYPES)}"
@@ -113,10 +114,12 @@ def _check_type(operation: str, name: str, array: Array) -> None:
 
 
 def _checked(
-    operation: str, x: Array, w: Array, counts: Sequence[int] | npt.NDArray[np.integer[Any]]
-) -> npt.NDArray[np.int64]:
-    """The borders of the groups, where all arguments fit together."""
-    for name, array in (("x", x), ("w", w)):
+    operation: str, x: Array, w: Array, counts: Sequence[int] | npt.NDArray[np.integer[Any]], dy: Array | None = None
+) -> Array:
+    """The borders of the groups, where the kernel reads them, if all arguments fit together."""
+    arrays = {"x": x, "w": w} if dy is None else {"x": x, "w": w, "dy": dy}
+    same_kind(operation, arrays)
+    for name, array in arrays.items():
         _check_type(operation, name, array)
     if x.dtype != w.dtype:
         raise DTypeError(f"{operation}: `x` is {x.dtype} and `w` is {w.dtype}; one type is expected")
@@ -124,6 +127,8 @@ def _checked(
         raise ShapeError(f"{operation}: `x` has shape {x.shape} and `w` {w.shape}; expected (R, K) and (E, K, N)")
     if x.shape[1] != w.shape[1]:
         raise ShapeError(f"{operation}: K is {x.shape[1]} in `x` and {w.shape[1]} in `w`; they must agree")
+    if is_cupy(counts):
+        raise DTypeError(f"{operation}: `counts` is a CuPy array; expected a list or a NumPy array, as a batch has")
     given = np.asarray(counts)
     if given.size == 0:
         given = given.astype(np.int64)
@@ -139,4 +144,4 @@ def _checked(
         raise ShapeError(
             f"{operation}: `counts` adds up to {offsets[-1]} and `x` has {x.shape[0]} rows; they must agree"
         )
-    return offsets
+    return to_device(library_of(x), [offsets])[0]

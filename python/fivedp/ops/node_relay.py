@@ -13,9 +13,11 @@ import numpy as np
 
 from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
 from fivedp.kernels import experts as kernel
+from fivedp.kernels._select import library_of
 from fivedp.kernels.experts import Rows
 from fivedp.layout.dispatch import SumTable
 from fivedp.ops.dispatch_plan import DispatchPlan
+from fivedp.ops.plan_tables import send_rows
 
 Array = Any
 
@@ -23,7 +25,7 @@ Array = Any
 def add_rows(table: SumTable, arrays: Sequence[Array], n_experts: int, out: Array) -> None:
     """Carry out a table; sums of float64 are rounded for a narrow wire when they are complete."""
     rows = Rows(arrays, table.source, table.index)
-    total = np.empty(out.shape, rows.dtype) if rows.dtype == np.float64 != out.dtype else out
+    total = library_of(out).empty(out.shape, rows.dtype) if rows.dtype == np.float64 != out.dtype else out
     kernel.combine_rows(rows, table.starts, table.weights, table.experts, n_experts, total)
     if total is not out:
         out[...] = total
@@ -61,9 +63,9 @@ class RelayedRows:
             self._passed_on = True
             mail.wait(self._arriving)
             for mate in relay.mates:
-                mail.send_rows(self.box, relay.passes_on[mate], mate, self._tag, 0)
+                send_rows(mail, self.box, self.plan.tables.passes_on[mate], mate, self._tag)
             mail.wait(list(self._receipts.values()))
-        arrays = [np.empty((0, self.plan.width), self.box.dtype)] * self.plan.group.size
+        arrays = [mail.xp.empty((0, self.plan.width), self.box.dtype)] * self.plan.group.size
         whole = np.zeros(self.plan.group.size, np.bool_)
         arrays[relay.rank], whole[relay.rank] = self.box, True
         for mate, receipt in self._receipts.items():
@@ -97,7 +99,7 @@ class RelayedSums:
         for mate in self.relay.mates:
             if n := self.relay.n_sums(mate):
                 spaces.append(self.mail.workspace((n, plan.width), plan.sums))
-                table = plan.incoming.sums(self.relay.served[mate], self.weighted)
+                table = plan.tables.sums_through(mate, self.weighted)
                 add_rows(table, [rows], plan.cut.n_experts, spaces[-1].array)
                 self.mail.send(spaces[-1].array, mate, TAGS["B"], 0)
         return spaces
@@ -109,12 +111,12 @@ class RelayedSums:
         borders, spaces = relay.sum_borders, []
         if borders[-1]:
             kind = plan.sums if self._receipts else rows.dtype
-            arrays = [rows.astype(kind, copy=False)] + [np.empty((0, plan.width), kind)] * plan.group.size
+            arrays = [rows.astype(kind, copy=False)] + [mail.xp.empty((0, plan.width), kind)] * plan.group.size
             for mate, receipt in self._receipts.items():
                 arrays[1 + mate] = receipt.array
-            home, buffer = mail.pool.take((borders[-1], plan.width), plan.back_dtype)
-            spaces.append(Workspace(home, buffer=buffer))
-            add_rows(relay.sums(self.weighted), arrays, plan.cut.n_experts, home)
+            spaces.append(mail.private((borders[-1], plan.width), plan.back_dtype))
+            home = spaces[-1].array
+            add_rows(plan.tables.sums_served(self.weighted), arrays, plan.cut.n_experts, home)
             for rank, begin, end in zip(relay.served[relay.rank], borders, borders[1:], strict=False):
                 mail.send(home[begin:end], rank, TAGS["replica"], 0)
         for receipt in self._receipts.values():

@@ -5,13 +5,16 @@ all ranks, the tokens of rank r before those of r + 1: how many tokens an expert
 (Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961) and the z-loss (Zoph et al. 2022,
 arXiv:2202.08906). All three rest on sums of whole numbers, of which every rank sends its own to every other once, so
 they have the same bits however the tokens are cut over ranks. Probabilities enter in units of 2^-40.
+
+Of CuPy logits the kernels of a device make experts, weights and sums. What follows from them is decided on the host,
+which waits once for these three.
 """
 
 from __future__ import annotations
 
 import operator
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels import routing as kernel
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import gemm_backend, is_cupy, library_of, sum_type
+from fivedp.kernels.device_copies import to_device, to_host
 from fivedp.kernels.gemm import gemm
 from fivedp.kernels.routing import UNITS, Integers, Routed, Rule, Totals
+from fivedp.ops.arguments import same_kind
 from fivedp.ops.batch_ranks import BatchRanks
 from fivedp.ops.capacity import capacity_of, keep_highest, pairs_before, slots_of
 from fivedp.ops.matmul import share_cores
@@ -58,9 +63,9 @@ class Routing:
     Attributes
     ----------
     experts : int32 (T_local, k)
-        The best first; -1 where the pair was dropped, or where a slot is empty.
+        The best first; -1 where the pair was dropped, or where a slot is empty. CuPy's for CuPy logits.
     weights : (T_local, k)
-        float32, float64 for float64 logits; 0 where `experts` is -1.
+        float32, float64 for float64 logits; 0 where `experts` is -1. CuPy's for CuPy logits.
     counts : int64 (E,)
         This rank's kept pairs of every expert.
     aux_loss, z_loss : float
@@ -83,12 +88,27 @@ class Routing:
     n_experts: int
     first_token: int = 0
     state: RoutingState | None = None
+    _made_on_host: Routing | None = field(default=None, init=False, repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write the routing of this rank's tokens to a file (npz); without what the gradient needs."""
+        host = self.on_host()
         with open(path, "wb") as file:
-            arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in _SAVED}
+            arrays: dict[str, Any] = {name: np.asarray(getattr(host, name)) for name in _SAVED}
             np.savez(file, **arrays)
+
+    def on_host(self, *, just_made: bool = False) -> Routing:
+        """The same with NumPy arrays: itself, or a copy of CuPy's, without what the gradient needs.
+
+        Copies of `just_made` arrays are there. Else the host waits for the current stream to come here, for who has a
+        routing may have written to its arrays.
+        """
+        if not is_cupy(self.experts) and not is_cupy(self.weights):
+            return self
+        if just_made and self._made_on_host is not None:
+            return self._made_on_host
+        experts, weights = to_host(self.experts, self.weights)
+        return replace(self, experts=experts, weights=weights, state=None)
 
     @staticmethod
     def load(path: str | Path) -> Routing:
@@ -129,8 +149,8 @@ def route(
     Parameters
     ----------
     logits : (T_local, E)
-        float32, float64 or bfloat16; T_local may differ from rank to rank and be 0. The routing keeps the array for
-        `route_backward`: don't change it in between.
+        NumPy's or CuPy's; float32, float64 or bfloat16; T_local may differ from rank to rank and be 0. The routing
+        keeps the array for `route_backward`: don't change it in between.
     top_k : int
         Experts of a token.
     score : {"softmax", "sigmoid"}
@@ -140,7 +160,7 @@ def route(
     capacity_factor : float, optional
         An expert takes at most ceil(capacity_factor T top_k / E) tokens, T those of the whole batch; None for no limit.
     bias : (E,), optional
-        Added to scores for the choice, not in the weights: see `update_bias`. The same on every rank.
+        Added to scores for the choice, not in the weights: see `update_bias`. The same on every rank, a NumPy array.
     groups : (n_groups, top_groups), optional
         Experts in groups of neighbours; those of a token come from the groups whose two best have the highest sum.
     group_mask : {"strict", "hf"}
@@ -204,13 +224,14 @@ def route(
     else:
         routed, kept, of_batch = _experts_choose(scope, options, logits, local, tokens)
     aux_loss, z_loss, balance = _losses(options.definition, tokens, of_batch)
-    weights, counts, dropped = routed.weights, routed.totals.choices.sum(0), 0
-    if kept is not routed.experts:
-        weights, counts = np.where(kept >= 0, weights, 0), _counts(kept, logits.shape[1])
-        dropped = routed.experts.size - int(counts.sum())
-    return Routing(
-        experts=kept,
-        weights=weights,
+    tables = routed.on_host
+    there, counts, dropped = [routed.experts, routed.weights], routed.totals.choices.sum(0), 0
+    if kept is not tables[0]:
+        tables, counts = (kept, np.where(kept >= 0, tables[1], 0)), _counts(kept, logits.shape[1])
+        there, dropped = to_device(library_of(logits), tables), kept.size - int(counts.sum())
+    routing = Routing(
+        experts=there[0],
+        weights=there[1],
         counts=counts,
         aux_loss=aux_loss,
         z_loss=z_loss,
@@ -219,19 +240,23 @@ def route(
         first_token=sum(ranks.lengths[: ranks.index]),
         state=RoutingState(logits, options.rule, routed.experts, routed.log_sum, balance, tokens),
     )
+    if is_cupy(logits):
+        host = replace(routing, experts=tables[0], weights=tables[1], state=None)
+        object.__setattr__(routing, "_made_on_host", host)
+    return routing
 
 
 def router_logits(x: Array, router: Array) -> Array:
     """x router, (T, H) by (H, E), in the type of sums; each of the two in the type of tokens or of sums."""
-    logits = np.empty((len(x), router.shape[1]), sum_type(x.dtype))
-    left, right = (a.astype(logits.dtype) if a.dtype != router.dtype else a for a in (x, router))
+    logits = library_of(x).empty((len(x), router.shape[1]), sum_type(x.dtype))
+    # CuPy's own product would round the logits to the type of its factors.
+    widened = x.dtype != router.dtype or (is_cupy(x) and gemm_backend() != "canonical")
+    left, right = (a.astype(logits.dtype, copy=False) if widened else a for a in (x, router))
     gemm(left, right, logits)
     return logits
 
 
-def route_backward(
-    dweights: Array, routing: Routing, *, d_aux_loss: float = 0.0, d_z_loss: float = 0.0
-) -> npt.NDArray[Any]:
+def route_backward(dweights: Array, routing: Routing, *, d_aux_loss: float = 0.0, d_z_loss: float = 0.0) -> Array:
     """The gradient of the logits.
 
     Parameters
@@ -250,13 +275,14 @@ def route_backward(
 
     Raises
     ------
-    LayoutError, ShapeError
-        A routing without state, or dweights of another shape.
+    LayoutError, ShapeError, DTypeError
+        A routing without state, dweights of another shape or kind.
     """
     state = routing.state
     if state is None:
         raise LayoutError("route_backward: `routing` was loaded or generated; expected one that `route` returned")
-    dweights = np.asarray(dweights)
+    dweights = dweights if is_cupy(dweights) else np.asarray(dweights)
+    same_kind("route_backward", {"dweights": dweights, "logits": state.logits, "routing.experts": routing.experts})
     if dweights.shape != routing.experts.shape:
         raise ShapeError(
             f"route_backward: `dweights` has shape {dweights.shape}; expected that of the weights, "
@@ -269,7 +295,7 @@ def route_backward(
     d_logits = kernel.backward(
         dweights, state.logits, state.rule, state.chosen, routing.experts, state.log_sum, balance, z_factor
     )
-    return np.asarray(d_logits.astype(state.logits.dtype, copy=False))
+    return d_logits.astype(state.logits.dtype, copy=False)
 
 
 def update_bias(
@@ -299,10 +325,15 @@ def update_bias(
         On every rank.
     """
     error: ValueError | None = None
+    for name, array in (("bias", bias), ("counts", counts)):
+        if is_cupy(array):
+            error = DTypeError(f"update_bias: `{name}` is a CuPy array; expected a NumPy array, as Routing.counts is")
+    if error is not None:
+        bias = counts = np.empty(0)
     bias, counts = np.asarray(bias), np.asarray(counts)
-    if bias.ndim != 1 or bias.shape != counts.shape:
+    if error is None and (bias.ndim != 1 or bias.shape != counts.shape):
         error = ShapeError(f"update_bias: `bias` has shape {bias.shape} and `counts` {counts.shape}; expected (E,)")
-    elif bias.dtype not in (np.float32, np.float64) or counts.dtype.kind not in "iu":
+    elif error is None and (bias.dtype not in (np.float32, np.float64) or counts.dtype.kind not in "iu"):
         error = DTypeError(
             f"update_bias: `bias` has dtype {bias.dtype} and `counts` {counts.dtype}; expected floats and integers"
         )
@@ -323,22 +354,20 @@ def _tokens_choose(
     ranks: BatchRanks, options: Options, routed: Routed, tokens: int
 ) -> tuple[Routed, npt.NDArray[np.int32], Totals]:
     """(what was chosen, the experts that are kept, the sums over the batch)."""
-    totals = routed.totals
+    totals, (experts, weights) = routed.totals, routed.on_host
     shape = totals.choices.shape
     everyone = ranks.gather(np.concatenate([x.reshape(-1) for x in totals]))
     choices = everyone[:, : totals.choices.size].reshape(-1, *shape)
     sums = _total(everyone[:, totals.choices.size :])
     of_batch = Totals(choices.sum(0), sums[:-3], sums[-3:])
     if options.capacity_factor is None:
-        return routed, routed.experts, of_batch
+        return routed, experts, of_batch
     capacity = capacity_of(options.capacity_factor, tokens, options.top_k, shape[1])
     if options.drop == "position":
-        kept = kernel.drop_by_position(routed.experts, pairs_before(choices, ranks.index), capacity)
+        kept = kernel.drop_by_position(experts, pairs_before(choices, ranks.index), capacity)
     else:
-        stays = keep_highest(
-            ranks, routed.experts.reshape(-1), routed.weights.reshape(-1), of_batch.choices.sum(0), capacity
-        )
-        kept = np.where(stays.reshape(routed.experts.shape), routed.experts, np.int32(-1))
+        stays = keep_highest(ranks, experts.reshape(-1), weights.reshape(-1), of_batch.choices.sum(0), capacity)
+        kept = np.where(stays.reshape(experts.shape), experts, np.int32(-1))
     return routed, kept, of_batch
 
 
@@ -346,7 +375,7 @@ def _experts_choose(
     ranks: BatchRanks, options: Options, logits: Array, scored: tuple[Array, Totals], tokens: int
 ) -> tuple[Routed, npt.NDArray[np.int32], Totals]:
     """The same where every expert takes its best tokens."""
-    scores, totals = scored
+    (scores,), totals = to_host(scored[0]), scored[1]
     n_experts = logits.shape[1]
     capacity = min(tokens, capacity_of(options.capacity_factor or 1.0, tokens, options.top_k, n_experts))
     taken = np.ones(scores.shape, bool)
@@ -359,7 +388,7 @@ def _experts_choose(
     taken[rows, experts] = keep_highest(ranks, experts, scores[rows, experts], every, capacity)
     routed = kernel.weights(logits, slots_of(taken), options.rule)
     sums = _total(ranks.gather(np.concatenate([totals.probabilities, totals.squares])))
-    return routed, routed.experts, Totals(np.full((1, n_experts), capacity), sums[:-3], sums[-3:])
+    return routed, routed.on_host[0], Totals(np.full((1, n_experts), capacity), sums[:-3], sums[-3:])
 
 
 def _total(everyone: Integers) -> Any:
@@ -387,7 +416,8 @@ def _losses(definition: str, tokens: int, totals: Totals) -> tuple[float, float,
 
 def with_experts(routing: Routing, experts: npt.NDArray[np.int32]) -> Routing:
     """The routing with other experts in the same slots, weights and gradient as they were."""
-    return replace(routing, experts=experts, counts=_counts(experts, routing.n_experts))
+    (there,) = to_device(library_of(routing.experts), [experts])
+    return replace(routing, experts=there, counts=_counts(experts, routing.n_experts))
 
 
 def _counts(experts: npt.NDArray[np.int32], n_experts: int) -> Integers:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fivedp.errors import DTypeError, LayoutError, ShapeError
 from fivedp.kernels.routing import MAX_TOKENS, Rule
+from fivedp.ops.arguments import array_kind
 
 Array = Any
 SCORES = ("softmax", "sigmoid")
@@ -102,8 +103,7 @@ def check_arrays(logits: Array, options: Options) -> None:
     DTypeError, ShapeError
         Where they, or the options for so many experts, won't do.
     """
-    if not isinstance(logits, np.ndarray):
-        raise DTypeError(f"route: `logits` is a {type(logits).__name__}; expected a NumPy array")
+    array_kind(logits, "logits", "route")
     if logits.dtype not in _TYPES or not logits.dtype.isnative:
         raise DTypeError(f"route: `logits` has dtype {logits.dtype}; expected float32, float64 or bfloat16")
     if logits.ndim != 2 or not logits.shape[1]:

@@ -23,8 +23,9 @@ from fivedp.comm.grid import Group
 from fivedp.comm.mesh import Mesh
 from fivedp.errors import DTypeError, LayoutError
 from fivedp.kernels import experts as kernel
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import library_of, sum_type
 from fivedp.kernels.gemm import gemm
+from fivedp.ops.arguments import same_kind
 from fivedp.ops.expert_dispatch import check_rows
 from fivedp.ops.routing import Routing, route, route_backward, router_logits
 from fivedp.ops.token_sums import over_tokens
@@ -66,10 +67,12 @@ class SharedState:
     up: Array
 
 
-def check_shared(operation: str, shared: Any, width: int, dtype: Any, gated: bool, activation: str) -> None:
-    """Raise where shared experts do not fit tokens of so many features, of this type."""
+def check_shared(operation: str, shared: Any, x: Array, gated: bool, activation: str) -> None:
+    """Raise where shared experts do not fit the tokens `x`."""
     if not isinstance(shared, SharedExperts):
         raise DTypeError(f"{operation}: `shared` is a {type(shared).__name__}; expected fivedp.SharedExperts")
+    width, dtype = x.shape[1], x.dtype
+    same_kind(operation, {"x": x, **{f"shared.{name}": array for name, array in vars(shared).items()}})
     check_rows(operation, "shared.w_up", shared.w_up, (width, None), (dtype,))
     if (shared.w_gate is not None) != gated:
         given = "is None" if shared.w_gate is None else "is given"
@@ -109,15 +112,15 @@ class SharedForward:
     def __init__(
         self, x: Array, shared: SharedExperts, routing: Routing | None, activation: str, progress: Progress
     ) -> None:
-        n_tokens, columns = len(x), shared.w_up.shape[1]
-        borders = np.array([0, n_tokens], np.int64)
-        hidden, up = (np.empty((n_tokens, columns), x.dtype) for _ in range(2))
-        gate = None if shared.w_gate is None else np.empty(up.shape, x.dtype)
+        n_tokens, columns, xp = len(x), shared.w_up.shape[1], library_of(x)
+        borders = xp.asarray(np.array([0, n_tokens], np.int64))
+        hidden, up = (xp.empty((n_tokens, columns), x.dtype) for _ in range(2))
+        gate = None if shared.w_gate is None else xp.empty(up.shape, x.dtype)
         kernel.expert_hidden(
             x, _as_group(shared.w_gate), _as_group(shared.w_up), borders, hidden, gate=gate, up=up,
             activation=activation, progress=progress,
         )  # fmt: skip
-        self.out = np.empty(x.shape, sum_type(x.dtype))
+        self.out = xp.empty(x.shape, sum_type(x.dtype))
         kernel.grouped_matmul(hidden, _as_group(shared.w_down), borders, self.out, progress=progress)
         if routing is not None:
             self.out *= routing.weights
@@ -138,22 +141,22 @@ class SharedBackward:
 
     def __init__(self, dy: Array, state: SharedState, activation: str, progress: Progress) -> None:
         w, (n_tokens, columns) = state.weights, state.up.shape
-        self.state, self.dy, dtype, sums = state, dy, state.up.dtype, sum_type(state.up.dtype)
-        borders = np.array([0, n_tokens], np.int64)
-        d_hidden = np.empty((n_tokens, columns), sums)
+        self.state, self.dy, dtype, sums, xp = state, dy, state.up.dtype, sum_type(state.up.dtype), library_of(dy)
+        borders = xp.asarray(np.array([0, n_tokens], np.int64))
+        d_hidden = xp.empty((n_tokens, columns), sums)
         kernel.grouped_matmul(dy, _as_group(w.w_down.T), borders, d_hidden, progress=progress)
         # Gradients of both products side by side: those of their weights are then one product.
-        self._d_products = np.empty((n_tokens, columns if w.w_gate is None else 2 * columns), dtype)
+        self._d_products = xp.empty((n_tokens, columns if w.w_gate is None else 2 * columns), dtype)
         d_up, d_gate = self._d_products[:, :columns], self._d_products[:, columns:]
-        self._hidden = np.empty((n_tokens, columns), dtype)
+        self._hidden = xp.empty((n_tokens, columns), dtype)
         share_of_y = state.routing.weights[:, 0] if state.routing else None
-        self.d_routing = None if share_of_y is None else np.empty((n_tokens, 1), sums)
+        self.d_routing = None if share_of_y is None else xp.empty((n_tokens, 1), sums)
         kernel.expert_hidden_backward(
             d_hidden, state.gate, state.up, share_of_y, d_gate=None if w.w_gate is None else d_gate, d_up=d_up,
             hidden_weighted=self._hidden, d_weights=None if self.d_routing is None else self.d_routing[:, 0],
             activation=activation,
         )  # fmt: skip
-        self.d_x = np.empty(dy.shape, sums)
+        self.d_x = xp.empty(dy.shape, sums)
         inner, back = [d_up], [_as_group(w.w_up.T)]
         if w.w_gate is not None:
             inner, back = [d_gate, d_up], [_as_group(w.w_gate.T), *back]

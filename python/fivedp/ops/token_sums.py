@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.grid import Group
 from fivedp.comm.mesh import Mesh
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import library_of, sum_type
 from fivedp.kernels.gemm import gemm
 from fivedp.layout.shares import share
 from fivedp.ops.matmul import sharded_matmul
@@ -41,13 +40,13 @@ def over_tokens(left: Array, right: Array, comm: Mesh | MPI.Intracomm, group: Gr
         order = "canonical" if 8 % group.size else "tree"
         return sharded_matmul(left.T, right, f"h t/{axes}, t/{axes} e -> h e", comm, order=order)
     # Shares of any other lengths: the ranks' sums are added in a tree over ranks.
-    partial = np.empty((left.shape[1], right.shape[1]), sum_type(left.dtype))
+    partial = library_of(left).empty((left.shape[1], right.shape[1]), sum_type(left.dtype))
     gemm(left.T, right, partial)
     return sum_along(partial, axes, comm).astype(left.dtype, copy=False)
 
 
 def sum_along(part: Array, axis: str, comm: Mesh | MPI.Intracomm) -> Array:
     """The sum of the ranks' arrays along an axis, on all of them: a product with a row of ones."""
-    one = np.ones((1, 1), part.dtype)
+    one = library_of(part).ones((1, 1), part.dtype)
     whole: Array = sharded_matmul(one, part.reshape(1, -1), f"m k/{axis}, k/{axis} n -> m n", comm)
     return whole.reshape(part.shape)

@@ -6,6 +6,8 @@ a counter in the owner's window. A tile has one writer and its bits do not depen
 they lie, in the windows of the ranks whose tokens they are; only weights are copied, once, by the owner, and only where
 that pays (`layout.dispatch.owners_to_help`).
 
+Device memory is in no window: of CuPy arrays every rank computes its own rows, however few or many.
+
 A job has phases, since the second product needs all of the first. A phase of a job begins when every tile of the phase
 before is done, whoever made it.
 """
@@ -101,7 +103,8 @@ class SharedWork:
 
     def __init__(self, mail: Mailbox, plan: DispatchPlan, hidden: int, n_phases: int) -> None:
         self.mail, self.plan, self.n_phases = mail, plan, n_phases
-        self.window: SharedWindow | None = plan.group.grid.shared if plan.group.in_place else None
+        within_reach = plan.group.in_place and not plan.on_device
+        self.window: SharedWindow | None = plan.group.grid.shared if within_reach else None
         self.owners: list[int] = []
         """Who may put a job on the board; all ranks come to the same list."""
         if self.window is not None and plan.group.size > 1 and plan.wire == "same":
@@ -136,7 +139,7 @@ class SharedWork:
         """
         plan = self.plan
         self._items = dict(items)
-        own = Job(plan.group.index, {}, plan.incoming.offsets, {})
+        own = Job(plan.group.index, {}, plan.tables.offsets, {})
         self.jobs = [own]
         words = None
         if own.rank in self.owners:
@@ -236,8 +239,8 @@ class SharedWork:
     def _private(self, item: Item) -> Array:
         """Memory for a result that nobody else needs to see."""
         shape = (self.plan.n_rows if item.per == "row" else len(self.plan.incoming.counts), *item.tail)
-        if item.kept:
-            return np.empty(shape, item.dtype)
+        if item.kept or self.plan.on_device:
+            return self.plan.xp.empty(shape, item.dtype)
         array, buffer = self.mail.pool.take(shape, item.dtype)
         self._buffers.append(buffer)
         return array

@@ -86,7 +86,7 @@ def balanced(routing: Routing) -> Routing:
     tokens, top_k = routing.experts.shape
     numbers = routing.first_token + np.arange(tokens, dtype=np.int64)
     experts = (numbers[:, None] * top_k + np.arange(top_k)) % routing.n_experts
-    return with_experts(routing, np.where(routing.experts >= 0, experts, -1).astype(np.int32))
+    return with_experts(routing, np.where(routing.on_host().experts >= 0, experts, -1).astype(np.int32))
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fivedp.comm.grid import Group
 from fivedp.comm.transport.choice import links_of
+from fivedp.comm.transport.host import HostMailbox
 from fivedp.comm.transport.mail import Array, Mailbox, Receipt, Workspace
 from fivedp.comm.transport.transfer import Transfer
 from fivedp.errors import TransportError
@@ -46,6 +47,13 @@ class DeviceMailbox(Mailbox):
         self._transfers: list[Transfer] = []
         self._sent: list[tuple[int, int, Transfer]] = []
         self._read: list[Transfer] = []
+        self._host: HostMailbox | None = None
+
+    @property
+    def host(self) -> HostMailbox:
+        if self._host is None:
+            self._host = HostMailbox(self.group, self.what)
+        return self._host
 
     def _advance(self) -> bool:
         """Advance every transfer that may go on; whether any did."""
@@ -83,6 +91,8 @@ class DeviceMailbox(Mailbox):
 
     def workspace(self, shape: tuple[int, ...], dtype: Any) -> Workspace:
         return Workspace(self.xp.empty(shape, dtype=dtype))
+
+    private = workspace
 
     def give_workspace(self, workspace: Workspace) -> None:
         workspace.array = None
@@ -174,8 +184,12 @@ class DeviceMailbox(Mailbox):
         self._wait_until(lambda transfer: transfer.done, self._read)
         self._read = []
         self._give_lent()
+        if self._host is not None:
+            self._host.close()
 
     def abandon(self) -> None:
+        if self._host is not None:
+            self._host.abandon()
         # The receive of an answer belongs to all transfers of a link: once each.
         for request in {id(r): r for transfer in self._transfers for r in transfer.receives()}.values():
             if not request.Test():

@@ -76,7 +76,10 @@ class HostMailbox(Mailbox):
             extent = self._window.take(n_bytes)
             if extent is not None:
                 return Workspace(self._window.array(extent, shape, dtype), extent=extent)
-        array, buffer = self.pool.take(shape, dtype)
+        return self.private(shape, dtype)
+
+    def private(self, shape: tuple[int, ...], dtype: Any) -> Workspace:
+        array, buffer = self.pool.take(shape, np.dtype(dtype))
         return Workspace(array, buffer=buffer)
 
     def place(self, array: Array) -> Array:

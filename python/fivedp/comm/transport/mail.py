@@ -124,9 +124,21 @@ class Mailbox(ABC):
         self._first_tag = tag_number(group, 0)
         self._lent: list[Workspace] = []
 
+    @property
+    def host(self) -> Mailbox:
+        """The mailbox of this call for NumPy arrays, such as what is decided about the others: this one, if it is that.
+
+        Both have the same tags. So all that is sent by one of them is waited for before anything goes by the other.
+        """
+        return self
+
     @abstractmethod
     def workspace(self, shape: tuple[int, ...], dtype: Any) -> Workspace:
         """Memory in which to compute what will be sent."""
+
+    @abstractmethod
+    def private(self, shape: tuple[int, ...], dtype: Any) -> Workspace:
+        """Memory of this rank alone, to be returned as a workspace is: what is sent from it travels as messages."""
 
     @abstractmethod
     def give_workspace(self, workspace: Workspace) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fivedp.kernels._select import library_of, raw
 
-__all__ = ["empty_like", "extension", "host_copy", "library_of", "optional_raw", "raw", "serves", "stream_of"]
+__all__ = ["empty_like", "extension", "library_of", "optional_raw", "raw", "serves", "stream_of"]
 
 # Of the compute capabilities that the kernels are compiled for, in tenths.
 OLDEST = 80
@@ -65,8 +65,3 @@ def optional_raw(array: Any, who: str) -> Any:
 def empty_like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An array beside `array`, in the memory of its device."""
     return library_of(array).empty(shape, dtype)
-
-
-def host_copy(array: Any) -> Any:
-    """A NumPy array with the values of a device array, once the work before it on the current stream is done."""
-    return array.copy() if isinstance(array, np.ndarray) else array.get()

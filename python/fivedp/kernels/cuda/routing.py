@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fivedp.kernels._select import sum_type
-from fivedp.kernels.cuda._extension import extension, host_copy, library_of, raw, stream_of
+from fivedp.kernels.cuda._extension import extension, library_of, raw, stream_of
+from fivedp.kernels.device_copies import to_host
 from fivedp.kernels.routing import Rule, Totals
 
 Array = Any
@@ -33,14 +34,14 @@ class DeviceTotals:
     top_k: int
     n_experts: int
 
-    def read(self) -> tuple[int, int, Totals]:
-        """(the first invalid row or -1, the first row with an unknown expert or -1, the totals), by one copy that waits
-        for the current stream."""
-        values = host_copy(self.numbers)
+    def read(self, *beside: Array) -> tuple[int, int, Totals, list[Array]]:
+        """(the first invalid row or -1, the first row with an unknown expert or -1, the totals, and what is `beside`
+        them as NumPy arrays), for which the host waits once."""
+        values, *others = to_host(self.numbers, *beside)
         begin, pairs = extension().ROUTING_NUMBERS, self.top_k * self.n_experts
         choices = values[begin : begin + pairs].reshape(self.top_k, self.n_experts)
         invalid, unknown = (-1 if row == np.iinfo(np.int64).max else int(row) for row in values[:2])
-        return invalid, unknown, Totals(choices, values[begin + pairs :], values[2:begin])
+        return invalid, unknown, Totals(choices, values[begin + pairs :], values[2:begin]), others
 
 
 class DeviceRouted(NamedTuple):
