@@ -42,6 +42,13 @@ void commit();
 void wait(int pending);
 // Lets other threads run: what a loop calls that waits for memory to change.
 void pause();
+// Returns once this is so.
+void wait_until(std::function<bool()> condition);
+// Runs some time before the block ends, when nobody knows.
+void at_some_time(std::function<void()> work);
+// What cuda/emulation/hopper.cpp keeps of a block.
+void begin_block(std::int64_t shared_bytes);
+void end_block();
 
 void run_grid(std::int64_t x, std::int64_t y, std::int64_t z, int threads, std::int64_t shared_bytes,
               const std::function<void()>& kernel);
@@ -321,7 +328,8 @@ inline int multiprocessors() {
     return 4;
 }
 inline int compute_capability() {
-    return 80;
+    return 90;
 }
+std::uint32_t shared_address(const void* pointer);
 
 }  // namespace fivedp
