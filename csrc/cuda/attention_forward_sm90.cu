@@ -31,9 +31,6 @@
 namespace fivedp {
 namespace {
 
-// 8 x 232 + 4 x 40 registers of 32 lanes are what 12 warps with 168 each have.
-constexpr int consumer_registers = 232, copying_registers = 40;
-
 // What NaN and infinity among `keys` values make of the rows that see them, from the values themselves: in shared
 // memory they are 0. A weight is positive, so infinity stays what it is.
 template <class T, int n>
@@ -192,6 +189,8 @@ FIVEDP_DEVICE void attend(const DeviceAttention& a, const Bend<float>& bend, con
         if (first_key < 0) break;
         wait_for_phase(&shared.keys_landed[key_turn.stage], key_turn.parity);
         wait_for_turn();
+        settle(output);
+        settle(weights);
         open_products();
         start_logits();
         start_output();
@@ -210,6 +209,8 @@ FIVEDP_DEVICE void attend(const DeviceAttention& a, const Bend<float>& bend, con
         value_turn.next();
         rescale_and_pack(higher);
     }
+    settle(output);
+    settle(weights);
     open_products();
     start_output();
     wait_for_products<0>();

@@ -9,6 +9,8 @@ namespace fivedp {
 
 constexpr int consumer_warps = 8, checking_warps = 3, hopper_threads = 32 * (consumer_warps + 1 + checking_warps);
 constexpr int group_rows = 64, block_rows = 2 * group_rows;
+// 8 x 232 + 4 x 40 registers of 32 lanes are what 12 warps with 168 each have.
+constexpr int consumer_registers = 232, copying_registers = 40;
 
 template <int width>
 struct Tiles {

@@ -125,7 +125,7 @@ FIVEDP_DEVICE void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
 }
 
-// Before products: registers that were written, accumulators or factors, may be read by them.
+// Before products: registers that were written, accumulators or factors, may be read by them. `settle` goes before it.
 FIVEDP_DEVICE void open_products() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

@@ -141,6 +141,9 @@ void meet_block() {
     me().state = State::at_block;
     leave();
 }
+std::uint64_t draw() {
+    return order();
+}
 void pause() {
     leave();
 }

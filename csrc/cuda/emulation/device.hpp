@@ -40,6 +40,8 @@ void meet_block();
 void later(std::function<void()> copy);
 void commit();
 void wait(int pending);
+// A random number, from the seed.
+std::uint64_t draw();
 // Lets other threads run: what a loop calls that waits for memory to change.
 void pause();
 // Returns once this is so.

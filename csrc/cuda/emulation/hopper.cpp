@@ -117,12 +117,15 @@ bool same(const std::vector<float>& x, const std::vector<float>& y) {
     return std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
 }
 
-void carry_out(Product& product) {
-    if (product.done) return;
-    product.done = true;
+void check_factors(const Product& product) {
     std::vector<float> a, b;
     read_factors(product, a, b);
     expect(same(a, product.a) && same(b, product.b), "shared memory was written while a product read it");
+}
+
+void carry_out(Product& product) {
+    if (product.done) return;
+    product.done = true;
     const int columns = product.parts[0].columns;
     std::vector<double> row_sums(static_cast<std::size_t>(columns));
     for (int row = 0; row < 64; ++row) {
@@ -303,10 +306,12 @@ void commit_parts() {
 void wait_for_parts(int pending) {
     Thread& me = threads_of_block[here.thread];
     const int place = here.thread % 128;
+    for (std::uint64_t turns = draw() % 8; turns > 0; --turns) pause();  // others may do what they should not do yet
     me.fenced = false;
     while (static_cast<int>(me.groups.size()) > pending) {
         for (const auto& product : me.groups.front()) {
             carry_out(*product);
+            if (here.thread % 32 == 0) check_factors(*product);  // a warp's part may end later than another's
             const ProductPart& part = product->parts[place];
             expect(part.a == nullptr || std::equal(part.a, part.a + 4, product->registers[place]),
                    "a register was written while a product read it");
