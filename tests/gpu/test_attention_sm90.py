@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_attention import BF16, check, forward, near, select
+from test_attention import BF16, check, forward, has_hopper, select
 
 import attention_operands as operands
 from fivedp.kernels.attention import Mask
@@ -22,18 +22,11 @@ each_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 
 @pytest.fixture(autouse=True)
 def sm90(xp: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if xp is not np and xp.cuda.Device().compute_capability[0] != "9":
+    if not has_hopper(xp):
         pytest.skip("this GPU is not of compute capability 9.x")
     select(monkeypatch, "sm90")
     yield
     kernel.forward_kernel.cache_clear()
-
-
-def spaced(xp: Any, x: Array) -> Array:
-    """The same numbers in rows that begin at multiples of 16 bytes, with NaN between them."""
-    room = np.full((*x.shape[:3], (x.shape[3] + 7) // 8 * 8 + 8), np.nan, x.dtype)
-    room[..., : x.shape[3]] = x
-    return xp.asarray(room)[..., : x.shape[3]]
 
 
 @each_half
@@ -51,18 +44,15 @@ def test_more_tiles_than_stages(
 @pytest.mark.parametrize(("size", "v_size"), [(1, 1), (20, 72), (81, 7), (136, 129), (65, 250)])
 def test_any_head_size(xp: Any, host: Any, seed: int, dtype: Any, size: int, v_size: int) -> None:
     rng = np.random.default_rng(seed)
-    case = operands.draw_case(
-        rng, dtype, batch=2, kv_heads=2, group=2, queries=9, keys=150, size=size, v_size=v_size, causal=True
-    )
-    q, k, v = (spaced(xp, x) for x in (case.q, case.k, case.v))
-    state = kernel.empty_state(q, v_size)
-    assert kernel.forward(q, k, v, case.mask, state) == "sm90"
-    out = xp.full(case.d_out.shape, np.nan, dtype)
-    lse = kernel.finish(state, out)
-    right, usual = oracle.attention(case.q, case.k, case.v, case.mask), operands.plain_forward(case)
-    sizes = operands.sizes(case, right)
-    near("out", host(out), usual[0], right.out, sizes["out"], operands.ULPS * 2.0**-24 + 2.0**-8, dtype)
-    near("lse", host(lse), usual[1], right.lse, sizes["lse"], operands.ULPS * 2.0**-24, dtype)
+    shape: dict[str, Any] = {"batch": 2, "kv_heads": 2, "group": 2, "queries": 9, "keys": 150}
+    check(xp, host, operands.draw_case(rng, dtype, size=size, v_size=v_size, causal=True, **shape))
+
+
+@each_half
+def test_a_walk_over_more_than_32_tiles(xp: Any, host: Any, seed: int, dtype: Any) -> None:
+    """A warp asks about 32 tiles at a time: those that are seen lie on both sides of the border."""
+    case = operands.draw_case(np.random.default_rng(seed), dtype, queries=66, keys=4300, size=64, v_size=8, window=200)
+    check(xp, host, replace(case, mask=replace(case.mask, q_position=operands.places(66, 2000))))
 
 
 @each_half
