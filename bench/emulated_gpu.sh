@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the CUDA kernels for the emulated GPU (csrc/cuda/emulation) in a temporary directory and runs tests/gpu on it.
 # What passes here is right in its arithmetic, its indices and its barriers as far as fibers on a CPU can show; it says
-# nothing of a real GPU's time, and a kernel with Hopper's own instructions has no emulation.
+# nothing of a real GPU's time. Hopper's own instructions (wgmma, TMA, barriers in shared memory) are emulated too.
 #
 #   bench/emulated_gpu.sh [options of pytest]
 #

@@ -1,6 +1,7 @@
 """Time the GPU's kernels beside their ceilings and peers; a table last.
 
     python bench/gpu_measure.py --json results.json
+    FIVEDP_ATTENTION_KERNEL=sm90 python bench/gpu_measure.py --only "attention forward"
 
 Every case runs on fresh random inputs, alternates with its peer, is timed with events, and is the median of seven runs.
 A case that can't run says why and does not stop the others. Whether results are right is for tests/gpu to say, which
@@ -24,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from fivedp.kernels import attention, experts
+from fivedp.kernels.cuda import attention as cuda_attention
 from fivedp.kernels.cuda import norms as norm_kernels
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -103,7 +105,7 @@ def attentions(length: int, causal: bool, backward: bool) -> Row:
     mask = attention.Mask(place, place, scale=size**-0.5, causal=causal)
     state = attention.empty_state(q, size)
     out = cupy.empty_like(q)
-    attention.forward(q, k, v, mask, state)
+    ran = cuda_attention.forward(q, k, v, mask, state)
     lse = attention.finish(state, out)
     gradients = [cupy.zeros(x.shape, np.float32) for x in (q, k, v)]
 
@@ -116,7 +118,8 @@ def attentions(length: int, causal: bool, backward: bool) -> Row:
         attention.backward(d_out, q, k, v, mask, lse, attention.delta(d_out, out), *gradients)
 
     flops = 4 * batch * heads * length**2 * size * (0.5 if causal else 1) * (2.5 if backward else 1)
-    name = f"attention bf16 {'backward' if backward else 'forward'} S={length} {'causal' if causal else 'full'}"
+    which = "backward" if backward else f"forward {ran}"
+    name = f"attention bf16 {which} S={length} {'causal' if causal else 'full'}"
     wanted = 0.5 if backward else 0.6
     try:
         peer = _torch_attention(q, k, v, d_out, causal, backward)
@@ -208,11 +211,14 @@ def main() -> int:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows")
+    parser.add_argument("--only", default="", help="cases whose name begins with this")
     options = parser.parse_args()
     copied = copies()
     rows = [Row("copy on the device, read + written", rate=copied / 1e9, unit="GB/s", of="")]
 
     def case(name: str, work: Callable[[], Row | list[Row]]) -> None:
+        if not name.startswith(options.only):
+            return
         try:
             found = work()
         except Exception as error:
@@ -224,7 +230,8 @@ def main() -> int:
     for length in (8192, 16384):
         for causal in (True, False):
             for backward in (False, True):
-                case(f"attention {length}", lambda s=length, c=causal, b=backward: attentions(s, c, b))
+                name = f"attention {'backward' if backward else 'forward'} {length}"
+                case(name, lambda s=length, c=causal, b=backward: attentions(s, c, b))
     case("rows of experts", lambda: rows_of_experts(4096, 2, 4096, 8, copied))
     case("rows of experts", lambda: rows_of_experts(32768, 8, 2048, 128, copied))
     case("grouped product", lambda: grouped(32768, 8, 4096, 14336))

@@ -132,15 +132,15 @@ DeviceAttention problem_of(const py::handle& q_object, const py::handle& k_objec
     return a;
 }
 
-void forward(const py::object& q, const py::object& k, const py::object& v, const py::tuple& mask,
-             const py::object& spans, const py::object& highest, const py::object& total, const py::object& output,
-             std::uintptr_t stream) {
+const char* forward(const py::object& q, const py::object& k, const py::object& v, const py::tuple& mask,
+                    const py::object& spans, const py::object& highest, const py::object& total,
+                    const py::object& output, bool hopper, std::uintptr_t stream) {
     Shapes shapes;
     DeviceAttention a = problem_of(q, k, v, mask, spans, shapes);
     a.highest = sums(highest, a.type, shapes.rows, true, "attention: highest");
     a.total = sums(total, a.type, shapes.rows, true, "attention: total");
     a.output = sums(output, a.type, shapes.out, true, "attention: output");
-    attention_forward(a, stream_of(stream));
+    return attention_forward(a, hopper, stream_of(stream));
 }
 
 void backward(const py::object& d_out, const py::object& q, const py::object& k, const py::object& v,

@@ -3,6 +3,8 @@
 The sums of a row come in tiles and in pairs of lanes, never more than on the CPU; products of 16-bit numbers are exact
 in float32. Weights, and the derivatives of logits, are rounded to the 16 bits of the inputs as factors, which may cost
 half a unit of each.
+
+Types of 16 bits have two kernels forward: every test of them runs with each.
 """
 
 from __future__ import annotations
@@ -32,6 +34,32 @@ HALF_UNITS = {BF16: 2.0**-9, np.dtype(np.float16): 2.0**-12, np.dtype(np.float32
 SMALLEST = {np.dtype(np.float16): 2.0**-25}  # half of what float16 tells apart near 0
 GUARD = 96
 
+# (type, forward kernel), the latter for the fixture `selected`.
+BOTH = ("sm80", "sm90")
+each_type = pytest.mark.parametrize(
+    ("dtype", "selected"),
+    [
+        pytest.param(dtype, forward_kernel, id=f"{name}-{forward_kernel}" if dtype.itemsize == 2 else name)
+        for name, dtype in TYPES.items()
+        for forward_kernel in (BOTH if dtype.itemsize == 2 else BOTH[:1])
+    ],
+    indirect=["selected"],
+)
+each_kernel = pytest.mark.parametrize("selected", BOTH, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def selected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The forward kernel that FIVEDP_ATTENTION_KERNEL asks for."""
+    select(monkeypatch, getattr(request, "param", "sm80"))
+    yield kernel.forward_kernel()
+    kernel.forward_kernel.cache_clear()
+
+
+def select(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("FIVEDP_ATTENTION_KERNEL", name)
+    kernel.forward_kernel.cache_clear()
+
 
 class Guarded:
     """Arrays that lie between others of which not an element may change."""
@@ -56,13 +84,27 @@ class Guarded:
             assert bool((room[GUARD + size :] == 77).all())
 
 
+def aligned(xp: Any, x: Array) -> Array:
+    """The same numbers in rows that begin at multiples of 16 bytes, with NaN between them where there is room."""
+    room = np.full((*x.shape[:3], -(-x.shape[3] // 8) * 8), np.nan, x.dtype)
+    room[..., : x.shape[3]] = x
+    return xp.asarray(room)[..., : x.shape[3]]
+
+
+def has_hopper(xp: Any) -> bool:
+    """Whether the kernel for 9.x runs here; the emulated GPU is one of these."""
+    return xp is np or xp.cuda.Device().compute_capability[0] == "9"
+
+
 def forward(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = None) -> tuple[Array, Array]:
     """Output and lse, the keys given piece by piece."""
     guarded = Guarded(xp)
-    q, k, v = (xp.asarray(x) for x in (case.q, case.k, case.v))
+    hopper = kernel.forward_kernel() == "sm90" and has_hopper(xp)
+    q, k, v = (aligned(xp, x) if hopper else xp.asarray(x) for x in (case.q, case.k, case.v))
     state = guarded.state(q, case.v.shape[-1])
     for keys in operands.pieces(borders or [0, case.k.shape[1]]):
-        kernel.forward(q, k[:, keys], v[:, keys], operands.part(case.mask, keys=keys), state)
+        ran = kernel.forward(q, k[:, keys], v[:, keys], operands.part(case.mask, keys=keys), state)
+        assert ran == "none" or hopper == (ran == "sm90")  # a piece may be empty
     out = guarded.like(np.full((*case.q.shape[:3], case.v.shape[-1]), np.nan, case.q.dtype))
     lse = kernel.finish(state, out)
     guarded.check()
@@ -99,7 +141,10 @@ def backward(
 
 
 def check(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = None) -> None:
-    """Forward and backward against the oracle, the backward from the oracle's lse and delta, rounded."""
+    """Forward and backward against the oracle, the backward from the oracle's lse and delta, rounded.
+
+    There is one backward kernel: it is looked at once.
+    """
     right, dtype = oracle.attention(case.q, case.k, case.v, case.mask), case.q.dtype
     size, sums = operands.sizes(case, right), kernel.sum_type(dtype)
     allowance = operands.ULPS * (2.0**-24 if sums == np.float32 else 2 * 2.0**-53)
@@ -109,6 +154,8 @@ def check(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = N
     assert found[0].dtype == dtype
     near("out", found[0], usual[0], right.out, size["out"], allowance + 2 * half, dtype)
     near("lse", found[1], usual[1], right.lse, size["lse"], allowance, dtype)
+    if kernel.forward_kernel() == "sm90":
+        return
 
     lse = right.lse.astype(sums)
     delta = (case.d_out.astype(np.float64) * right.out).sum(axis=-1).transpose(0, 2, 1).astype(sums)
@@ -127,7 +174,7 @@ def near(name: str, result: Array, plain: Array, right: Array, size: Array, allo
 PLAIN: dict[str, Any] = {"queries": 70, "keys": 130, "size": 64, "v_size": 64}
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 @pytest.mark.parametrize(
     "options",
     [
@@ -155,7 +202,7 @@ def test_attention_is_that_of_float64(xp: Any, host: Any, seed: int, dtype: Any,
     check(xp, host, operands.draw_case(np.random.default_rng(seed), dtype, **options))
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 def test_keys_may_come_in_pieces(xp: Any, host: Any, seed: int, dtype: Any) -> None:
     rng = np.random.default_rng(seed)
     case = operands.draw_case(
@@ -164,7 +211,7 @@ def test_keys_may_come_in_pieces(xp: Any, host: Any, seed: int, dtype: Any) -> N
     check(xp, host, case, [0, 1, 64, 64, 131, 150])
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 def test_queries_of_a_zigzag_are_two_ranges(xp: Any, host: Any, seed: int, dtype: Any) -> None:
     rng = np.random.default_rng(seed)
     case = operands.draw_case(rng, dtype, queries=140, keys=100, size=64, v_size=64, causal=True)
@@ -189,7 +236,7 @@ def test_backward_adds_up_over_pieces_of_queries(xp: Any, host: Any, seed: int, 
         near(name, result, plain, exact, size[name], allowance, dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 def test_what_is_masked_may_be_anything(xp: Any, host: Any, seed: int, dtype: Any) -> None:
     """NaN and infinity in keys, values and rows that nobody sees change nothing; those that are seen show."""
     rng = np.random.default_rng(seed)
@@ -235,7 +282,7 @@ def test_an_infinity_that_is_seen_stays_in_its_column(xp: Any, host: Any, seed: 
     assert np.array_equal(out[:, others], clean[:, others])
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 def test_rows_without_keys_and_extreme_logits(xp: Any, host: Any, seed: int, dtype: Any) -> None:
     rng = np.random.default_rng(seed)
     case = operands.draw_case(rng, dtype, queries=70, keys=66, size=64, v_size=24, causal=True)
@@ -253,26 +300,31 @@ def test_rows_without_keys_and_extreme_logits(xp: Any, host: Any, seed: int, dty
     assert all(np.isfinite(d).all() for d in (d_q, d_k, d_v))
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
-def test_rows_may_lie_anywhere(xp: Any, host: Any, seed: int, dtype: Any) -> None:
+@each_type
+def test_rows_may_lie_anywhere(
+    xp: Any, host: Any, seed: int, monkeypatch: pytest.MonkeyPatch, dtype: Any, selected: str
+) -> None:
     """Rows at odd addresses, with gaps, and whole at multiples of 16 bytes: the same bits."""
     case = operands.draw_case(np.random.default_rng(seed), dtype, batch=2, kv_heads=2, queries=66, keys=70, size=24)
-    right = forward(xp, host, case)
     for gap in (1, 8):
+        select(monkeypatch, "sm80" if gap == 1 else selected)  # odd addresses are always for this one
+        right = forward(xp, host, case)
+        select(monkeypatch, selected)
         moved = []
         for x in (case.q, case.k, case.v):
             room = np.full((*x.shape[:3], x.shape[3] + gap), np.nan, x.dtype)
             room[..., : x.shape[3]] = x
             moved.append(xp.asarray(room)[..., : x.shape[3]])
         state = kernel.empty_state(moved[0], case.v.shape[-1])
-        kernel.forward(moved[0], moved[1], moved[2], case.mask, state)
+        ran = kernel.forward(moved[0], moved[1], moved[2], case.mask, state)
+        assert (ran == "sm90") == (gap == 8 and selected == "sm90" and has_hopper(xp))
         out = xp.full(case.q.shape[:3] + case.v.shape[3:], np.nan, case.q.dtype)
         lse = kernel.finish(state, out)
         assert np.array_equal(host(out), right[0])
         assert np.array_equal(host(lse), right[1])
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 def test_states_of_parts_join_to_that_of_all(xp: Any, host: Any, seed: int, dtype: Any) -> None:
     case = operands.draw_case(np.random.default_rng(seed), dtype, group=2, queries=20, keys=100, size=16, causal=True)
     states = []
@@ -297,7 +349,7 @@ def test_states_of_parts_join_to_that_of_all(xp: Any, host: Any, seed: int, dtyp
     assert alone.output is not states[0].output
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_nothing_is_nothing(xp: Any, host: Any, dtype: Any, batch: int, queries: int, keys: int) -> None:
     q, k = xp.zeros((batch, queries, 2, 8), dtype), xp.zeros((batch, keys, 1, 8), dtype)
@@ -313,6 +365,7 @@ def test_nothing_is_nothing(xp: Any, host: Any, dtype: Any, batch: int, queries:
     assert all((host(x) == 1).all() for x in gradients)
 
 
+@each_kernel
 def test_the_same_bits_every_time(xp: Any, host: Any, seed: int) -> None:
     case = operands.draw_case(np.random.default_rng(seed), BF16, group=2, queries=80, keys=140, size=64, causal=True)
     out, lse = forward(xp, host, case)
@@ -339,6 +392,7 @@ def test_attention_names_what_does_not_fit(xp: Any) -> None:
         kernel.forward(q, k, k, mask, State(state.highest, xp.zeros((1, 4, 2), np.float32), state.output))
 
 
+@each_kernel
 def test_cupy_arrays_go_to_the_gpu(xp: Any, host: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through `fivedp.kernels.attention`, as the distributed calls use it."""
     case = operands.draw_case(np.random.default_rng(seed), np.float16, queries=9, keys=20, causal=True)

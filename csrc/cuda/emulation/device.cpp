@@ -20,7 +20,7 @@ namespace {
 
 constexpr std::size_t stack_bytes = 256 * 1024;
 
-enum class State { ready, at_warp, at_block, gone };
+enum class State { ready, at_warp, at_block, waiting, gone };
 
 struct Fiber {
     ucontext_t context;
@@ -30,6 +30,7 @@ struct Fiber {
     const std::function<void(void**)>* work = nullptr;
     std::deque<std::vector<std::function<void()>>> groups;  // committed copies, oldest first
     std::vector<std::function<void()>> open;
+    std::function<bool()> condition;  // what it waits for
 };
 
 std::vector<Fiber> fibers;
@@ -39,6 +40,7 @@ const std::function<void()>* body = nullptr;
 std::mt19937_64 order(1);
 std::vector<char> shared;
 const char* broken = nullptr;  // what a kernel did that a GPU would not do
+std::vector<std::function<void()>> some_time;
 
 void leave() {
     swapcontext(&fibers[static_cast<std::size_t>(running)].context, &scheduler);
@@ -74,21 +76,33 @@ int count(State state, int first, int n) {
                                           [state](const Fiber& fiber) { return fiber.state == state; }));
 }
 
+void run_one_of_some_time() {
+    const std::size_t which = order() % some_time.size();
+    std::swap(some_time[which], some_time.back());
+    const std::function<void()> work = std::move(some_time.back());
+    some_time.pop_back();
+    work();
+}
+
 void run_block(int n) {
     std::vector<int> warps(static_cast<std::size_t>(n / 32));
     for (std::size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
     for (;;) {
         bool moved = false;
         std::shuffle(warps.begin(), warps.end(), order);
+        if (!some_time.empty() && order() % 4 == 0) run_one_of_some_time();
         for (const int w : warps) {
             // A warp runs on for some meetings, so that others fall far behind.
             for (int turn = 1 + static_cast<int>(order() % 16); turn > 0; --turn) {
                 bool any = false;
-                for (int i = 32 * w; i < 32 * w + 32; ++i)
-                    if (fibers[static_cast<std::size_t>(i)].state == State::ready) {
+                for (int i = 32 * w; i < 32 * w + 32; ++i) {
+                    Fiber& fiber = fibers[static_cast<std::size_t>(i)];
+                    if (fiber.state == State::waiting && fiber.condition()) fiber.state = State::ready;
+                    if (fiber.state == State::ready) {
                         resume(i);
                         any = true;
                     }
+                }
                 moved |= any;
                 if (count(State::at_warp, 32 * w, 32) == 32)
                     hold_warp_meeting(32 * w);
@@ -101,11 +115,17 @@ void run_block(int n) {
             for (int i = 0; i < n; ++i) fibers[static_cast<std::size_t>(i)].state = State::ready;
             continue;
         }
-        if (!moved)
-            throw std::runtime_error("emulated GPU: " + std::to_string(count(State::at_block, 0, n)) +
+        if (!moved && !some_time.empty()) {
+            run_one_of_some_time();
+        } else if (!moved) {
+            const std::string first = broken != nullptr ? std::string(broken) + "; " : "";
+            broken = nullptr;
+            throw std::runtime_error("emulated GPU: " + first + std::to_string(count(State::at_block, 0, n)) +
                                      " threads of a block are at a barrier, " +
                                      std::to_string(count(State::at_warp, 0, n)) + " at a meeting of their warp, " +
+                                     std::to_string(count(State::waiting, 0, n)) + " at a phase or a named barrier, " +
                                      std::to_string(count(State::gone, 0, n)) + " have left: they wait for ever");
+        }
     }
 }
 
@@ -121,8 +141,19 @@ void meet_block() {
     me().state = State::at_block;
     leave();
 }
+std::uint64_t draw() {
+    return order();
+}
 void pause() {
     leave();
+}
+void wait_until(std::function<bool()> condition) {
+    me().condition = std::move(condition);
+    me().state = State::waiting;
+    leave();
+}
+void at_some_time(std::function<void()> work) {
+    some_time.push_back(std::move(work));
 }
 void later(std::function<void()> copy) {
     me().open.push_back(std::move(copy));
@@ -138,7 +169,7 @@ void wait(int pending) {
     }
 }
 void expect(bool holds, const char* what) {
-    if (!holds) broken = what;
+    if (!holds && broken == nullptr) broken = what;
 }
 void set_seed(std::uint64_t seed) {
     order.seed(seed);
@@ -158,6 +189,8 @@ void run_grid(std::int64_t x, std::int64_t y, std::int64_t z, int n, std::int64_
     for (std::int64_t block = 0; block < x * y * z; ++block) {
         here.block[0] = block % x, here.block[1] = block / x % y, here.block[2] = block / (x * y);
         std::memset(dynamic_memory, 0xff, static_cast<std::size_t>(shared_bytes));
+        some_time.clear();
+        begin_block(shared_bytes);
         for (int i = 0; i < n; ++i) {
             Fiber& fiber = fibers[static_cast<std::size_t>(i)];
             if (!fiber.stack) fiber.stack.reset(new char[stack_bytes]);
@@ -171,6 +204,8 @@ void run_grid(std::int64_t x, std::int64_t y, std::int64_t z, int n, std::int64_
             makecontext(&fiber.context, enter, 0);
         }
         run_block(n);
+        expect(some_time.empty(), "a block ends while copies to its shared memory are under way");
+        end_block();
         if (broken != nullptr) {
             const std::string what = broken;
             broken = nullptr;

@@ -40,8 +40,17 @@ void meet_block();
 void later(std::function<void()> copy);
 void commit();
 void wait(int pending);
+// A random number, from the seed.
+std::uint64_t draw();
 // Lets other threads run: what a loop calls that waits for memory to change.
 void pause();
+// Returns once this is so.
+void wait_until(std::function<bool()> condition);
+// Runs some time before the block ends, when nobody knows.
+void at_some_time(std::function<void()> work);
+// What cuda/emulation/hopper.cpp keeps of a block.
+void begin_block(std::int64_t shared_bytes);
+void end_block();
 
 void run_grid(std::int64_t x, std::int64_t y, std::int64_t z, int threads, std::int64_t shared_bytes,
               const std::function<void()>& kernel);
@@ -306,7 +315,8 @@ inline int multiprocessors() {
     return 4;
 }
 inline int compute_capability() {
-    return 80;
+    return 90;
 }
+std::uint32_t shared_address(const void* pointer);
 
 }  // namespace fivedp

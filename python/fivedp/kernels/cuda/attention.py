@@ -2,12 +2,18 @@
 
 bfloat16, float16, float32 and float64; head sizes to 256. `Mask` and `State` are those of the CPU. The places of a mask
 may be NumPy arrays, which are copied to the device, in one piece and without waiting; a state is on the device.
+
+FIVEDP_ATTENTION_KERNEL=sm90 chooses the forward kernel with the instructions of compute capability 9.x (H100, H200) for
+bfloat16 and float16; it has not run on a GPU yet. The default, sm80, is for every chip from 8.0, and serves under sm90
+too where the chip is another one, or rows do not begin at multiples of 16 bytes.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,7 +36,24 @@ def empty_state(q: Array, v_size: int) -> State:
     )
 
 
-def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> None:
+@functools.cache
+def forward_kernel() -> Literal["sm80", "sm90"]:
+    """Which kernel is asked for: FIVEDP_ATTENTION_KERNEL, read once.
+
+    Raises
+    ------
+    ValueError
+        Where it is neither of these.
+    """
+    wanted = os.environ.get("FIVEDP_ATTENTION_KERNEL") or "sm80"
+    if wanted == "sm80":
+        return "sm80"
+    if wanted == "sm90":
+        return "sm90"
+    raise ValueError(f"FIVEDP_ATTENTION_KERNEL is {wanted!r}; 'sm80' or 'sm90' would be right")
+
+
+def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
     """Add keys to the state of queries, in place.
 
     Parameters
@@ -44,17 +67,25 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> None:
     state : State
         As `empty_state` or an earlier call left it.
 
+    Returns
+    -------
+    str
+        The kernel that ran: 'sm80', 'sm90' (see `forward_kernel`), 'plain' for float32 and float64, 'none' where there
+        is nothing to do.
+
     Raises
     ------
     ValueError
-        Shapes that do not fit together, head sizes above 256.
+        Shapes that do not fit together, head sizes above 256, FIVEDP_ATTENTION_KERNEL.
     TypeError
         Element types other than those above.
     """
     q_rows, k_rows, v_rows = _rows(q=q, k=k, v=v)
-    extension().attention_forward(
-        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state), stream_of(q)
-    )
+    ran: str = extension().attention_forward(
+        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state), forward_kernel() == "sm90",
+        stream_of(q),
+    )  # fmt: skip
+    return ran
 
 
 def join(states: Sequence[State]) -> State:

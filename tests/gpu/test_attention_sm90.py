@@ -1,0 +1,124 @@
+"""The forward kernel for compute capability 9.x beyond what tests/gpu/test_attention.py asks of both: longer walks over
+tiles, sizes that the copy engine pads, and which kernel runs when."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from test_attention import BF16, check, forward, has_hopper, select
+
+import attention_operands as operands
+from fivedp.kernels.attention import Mask
+from fivedp.kernels.cuda import attention as kernel
+from fivedp.reference import attention_reference as oracle
+
+Array = Any
+HALVES = {"bfloat16": BF16, "float16": np.dtype(np.float16)}
+each_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+
+
+@pytest.fixture(autouse=True)
+def sm90(xp: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if not has_hopper(xp):
+        pytest.skip("this GPU is not of compute capability 9.x")
+    select(monkeypatch, "sm90")
+    yield
+    kernel.forward_kernel.cache_clear()
+
+
+@each_half
+@pytest.mark.parametrize(("size", "stages"), [(64, 4), (128, 2), (256, 2)])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_more_tiles_than_stages(
+    xp: Any, host: Any, seed: int, dtype: Any, size: int, stages: int, causal: bool
+) -> None:
+    keys = (2 * stages + 1) * (64 if size > 128 else 128) - 30
+    rng = np.random.default_rng(seed)
+    check(xp, host, operands.draw_case(rng, dtype, queries=70, keys=keys, size=size, v_size=size, causal=causal))
+
+
+@each_half
+@pytest.mark.parametrize(("size", "v_size"), [(1, 1), (20, 72), (81, 7), (136, 129), (65, 250)])
+def test_any_head_size(xp: Any, host: Any, seed: int, dtype: Any, size: int, v_size: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape: dict[str, Any] = {"batch": 2, "kv_heads": 2, "group": 2, "queries": 9, "keys": 150}
+    check(xp, host, operands.draw_case(rng, dtype, size=size, v_size=v_size, causal=True, **shape))
+
+
+@each_half
+def test_a_walk_over_more_than_32_tiles(xp: Any, host: Any, seed: int, dtype: Any) -> None:
+    """A warp asks about 32 tiles at a time: those that are seen lie on both sides of the border."""
+    case = operands.draw_case(np.random.default_rng(seed), dtype, queries=66, keys=4300, size=64, v_size=8, window=200)
+    check(xp, host, replace(case, mask=replace(case.mask, q_position=operands.places(66, 2000))))
+
+
+@each_half
+def test_tiles_that_nobody_sees_are_left_out(xp: Any, host: Any, seed: int, dtype: Any) -> None:
+    """Documents and a window leave single tiles of 64 keys: halves of a tile, and gaps between tiles."""
+    rng = np.random.default_rng(seed)
+    case = operands.draw_case(rng, dtype, queries=150, keys=700, size=64, v_size=64)
+    documents = np.arange(700, dtype=np.int32) // 64 % 5
+    mask = Mask(
+        rng.integers(0, 700, 150).astype(np.int32), np.arange(700, dtype=np.int32),
+        np.sort(rng.choice([1, 4], 150)).astype(np.int32), documents, scale=0.125, window=300,
+    )  # fmt: skip
+    k, v = case.k.copy(), case.v.copy()
+    unseen = ~np.isin(documents, [1, 4])
+    k[:, unseen], v[:, unseen] = np.nan, np.nan
+    clean = forward(xp, host, replace(case, mask=mask))
+    found = forward(xp, host, replace(case, k=k, v=v, mask=mask))
+    assert all(np.array_equal(x, y) for x, y in zip(clean, found, strict=True))
+    check(xp, host, replace(case, mask=mask))
+
+
+@each_half
+def test_values_that_are_not_finite_in_both_halves_of_a_block(xp: Any, host: Any, seed: int, dtype: Any) -> None:
+    """Queries of both warpgroups, tiles of several stages; what a row sees decides what becomes of it."""
+    case = operands.draw_case(
+        np.random.default_rng(seed), dtype, queries=128, keys=700, size=64, v_size=80, causal=True, window=500
+    )
+    v = case.v.copy()
+    for key, column, value in (
+        (3, 0, np.nan),
+        (200, 1, np.inf),
+        (620, 70, -np.inf),
+        (650, 79, np.nan),
+        (699, 2, np.inf),
+    ):
+        v[0, key, 0, column] = value
+    out = forward(xp, host, replace(case, v=v))[0].astype(np.float64)[0, :, 0]
+    with np.errstate(invalid="ignore"):
+        right = oracle.attention(case.q, case.k, case.v, case.mask).out[0, :, 0]
+    queries = np.arange(572, 700)
+    for key, column, value in ((200, 1, np.inf), (620, 70, -np.inf), (650, 79, np.nan), (699, 2, np.inf)):
+        seen = (queries >= key) & (queries - key < 500)
+        assert np.array_equal(out[seen, column], np.full(seen.sum(), value), equal_nan=True)
+        assert np.isfinite(out[~seen, column]).all()
+    finite = [c for c in range(80) if c not in (1, 2, 70, 79)]
+    np.testing.assert_allclose(out[:, finite], right[:, finite], atol=0.05)
+
+
+def test_who_runs_when(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(q: Array, k: Array) -> str:
+        mask = Mask(operands.places(q.shape[1]), operands.places(k.shape[1]))
+        return kernel.forward(q, k, k, mask, kernel.empty_state(q, k.shape[-1]))
+
+    q = xp.zeros((2, 3, 4, 24), BF16)
+    assert ran(q, q) == "sm90"
+    assert ran(q[:1, :, :, :16], q[:1, :, :, :16]) == "sm90"
+    assert ran(q[..., :23], q[..., :23]) == "sm90"
+    assert ran(q[..., 8:], q[..., 8:]) == "sm90"
+    assert ran(q[..., 1:], q[..., 1:]) == "sm80"  # addresses
+    assert ran(xp.zeros((2, 3, 4, 20), BF16), xp.zeros((2, 3, 4, 20), BF16)) == "sm80"  # steps
+    assert ran(q, xp.broadcast_to(q[:, :1], q.shape)) == "sm80"  # one row for all tokens
+    assert ran(q[:, ::-1], q) == "sm80"
+    assert ran(q.astype(np.float32), q.astype(np.float32)) == "plain"
+    assert ran(q, q[:, :0]) == "none"
+    select(monkeypatch, "sm80")
+    assert ran(q, q) == "sm80"
+    select(monkeypatch, "sm70")
+    with pytest.raises(ValueError, match="FIVEDP_ATTENTION_KERNEL is 'sm70'; 'sm80' or 'sm90' would be right"):
+        ran(q, q)
