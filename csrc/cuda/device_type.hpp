@@ -1,4 +1,4 @@
-// Element types of device arrays, activations and the stream of a call, for code that is compiled without CUDA's headers.
+// Element types of device arrays, activations, and the stream of a call, for code compiled without CUDA's headers.
 #pragma once
 
 namespace fivedp {
