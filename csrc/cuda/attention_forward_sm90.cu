@@ -3,9 +3,9 @@
 // A block has 128 queries of one head and goes through the tiles of 128 keys (64 where the head size is above 128) that
 // the mask leaves something of, from the last to the first. Its warps have three kinds of work:
 //
-//     two warpgroups, 64 queries each    logits = q k^T, weights = 2^(logits - highest), output = factor output +
-//     weights v a warp                             brings the queries, then keys and values to a ring of stages (TMA)
-//     three warps                        look for NaN and infinity in values of which only some pairs are visible
+// - two warpgroups, 64 queries each: logits = q k^T, weights = 2^(logits - highest), output = factor output + weights v
+// - a warp brings the queries, then keys and values to a ring of stages (TMA)
+// - three warps look for NaN and infinity in values of which only some pairs are visible
 //
 // Products are wgmma: the queries from shared memory, the weights from the registers where they arise, the keys as rows
 // of k, the values as columns of k. A warpgroup issues logits of the next tile, then the output of this one, and makes
