@@ -2,7 +2,7 @@
 # Builds the extension with the address and undefined-behaviour sanitizers, and with the emulated AVX-512 kernels, in a
 # temporary directory, and runs the kernel tests under it. Exit status 0: nothing was found and every test passed.
 #
-#   bench/sanitize.sh [ISA ...]      default: what this machine would choose, then the emulated AVX-512 sets
+#   bench/sanitize.sh [ISA ...]      default: what this machine would choose, then the emulated sets that it lacks
 #
 # PYTHON names the interpreter (default: python); JOBS the compile jobs (default: 2). The installed package is left as it
 # is: a sitecustomize module puts the sanitized extension in its place for these processes and their children.
@@ -36,7 +36,13 @@ export PYTHONPATH="$work/path${PYTHONPATH:+:$PYTHONPATH}"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:log_path=$work/found UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:log_path=$work/found
 # libstdc++ as well: the sanitizer looks for its exceptions before the first extension has loaded it.
 runtime="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so.6)"
-if [ $# -eq 0 ]; then set -- "" avx512_emulated avx512_bf16_emulated; fi
+if [ $# -eq 0 ]; then
+    set -- "" avx512_emulated avx512_bf16_emulated
+    # A machine that has AVX-512 has run its sources in the first run.
+    case $(PYTHONPATH='' "$python" -c 'from fivedp.kernels.gemm import isa; print(isa())') in
+        avx512*) set -- "" avx512_bf16_emulated ;;
+    esac
+fi
 for isa in "$@"; do
     echo "== ${isa:-this machine}"
     chosen="not other_sets"  # each set is run here, by itself
