@@ -8,8 +8,8 @@
 // Blocks stay and take tiles (expert, columns, rows) in turns: each reads the offsets itself and walks through the
 // experts once, so the host knows no sizes and waits for nothing. Rows lie anywhere: their addresses come from a table,
 // and the copies to shared memory gather them. For hidden a tile has 64 columns of both products, in turns of 8, so
-// that gate and up of an element meet in one block and neither needs to be stored. 2 R K N FLOPs (twice
-// that with a gate); w is read once for every 128 rows of a group, x once for every 128 columns.
+// that gate and up of an element meet in one block and neither needs to be stored. 2 R K N FLOPs (twice that with a
+// gate); w is read once for every 128 rows of a group, x once for every 128 columns.
 #include "cuda/activations.cuh"
 #include "cuda/gemm_tile.cuh"
 #include "cuda/with_type.cuh"
