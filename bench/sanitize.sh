@@ -2,8 +2,8 @@
 # Builds the extension with the address and undefined-behaviour sanitizers, and with the emulated AVX-512 kernels, in a
 # temporary directory, and runs the kernel tests under it. Exit status 0: nothing was found and every test passed.
 #
-#   bench/sanitize.sh [ISA ...]      default: what this machine would choose, then emulated AVX-512, once
-#                                    more only where the machine has none, and emulated AVX512-BF16
+#   bench/sanitize.sh [ISA ...]      default: what this machine would choose, emulated AVX-512 where that is not
+#                                    AVX-512 itself, and emulated AVX512-BF16
 #
 # PYTHON names the interpreter (default: python); JOBS the compile jobs (default: 2). The installed package is left as it
 # is: a sitecustomize module puts the sanitized extension in its place for these processes and their children.

@@ -45,11 +45,7 @@ except BaseException as error:
 
 
 def run(program: str, n_ranks: int = 3, *, catch: bool = True, timeout: float = 40.0, **env: str) -> Finished:
-    program = OPENING + program + (CATCH if catch else "multiply()\n")
-    done = run_mpi(n_ranks, program, timeout=timeout, env=env)
-    if done.timed_out and "MPI_ABORT was invoked" in done.output:
-        # Every rank was told to end: now and then Open MPI's launcher itself stays. Twice running it would be ours.
-        done = run_mpi(n_ranks, program, timeout=timeout, env=env)
+    done = run_mpi(n_ranks, OPENING + program + (CATCH if catch else "multiply()\n"), timeout=timeout, env=env)
     print(f"exit status {done.returncode} after {done.seconds:.1f} s, ended: {done.ended_because}\n{done.output}")
     assert not done.timed_out, done.output
     return done
