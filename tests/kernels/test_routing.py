@@ -64,6 +64,8 @@ def margins(logits: Array, top_k: int, rule: Rule) -> Array:
     key = np.sort(oracle.keys(logits, rule), axis=-1)[:, ::-1]
     with np.errstate(invalid="ignore"):
         gaps = key[:, :top_k] - np.pad(key, ((0, 0), (0, 1)), constant_values=-np.inf)[:, 1 : top_k + 1]
+    if rule.zero_mask:  # between two masked experts, which are zero exactly, the lower one comes first
+        gaps[gaps == 0] = np.inf
     margin = np.nan_to_num(gaps, nan=np.inf).min(-1)
     if rule.groups[0] > 1:
         every = oracle.keys(logits, replace(rule, groups=(rule.groups[0], rule.groups[0])))
