@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/check.hpp"
@@ -160,13 +162,31 @@ void set_state(AttentionProblem& problem, const py::array& highest, const py::ar
         get(output, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, problem.type, "output");
 }
 
-void forward(const py::array& q, const py::array& k, const py::array& v, const py::tuple& mask_tuple,
-             const py::array& highest, const py::array& total, const py::array& output) {
-    const Mask mask = mask_of(mask_tuple);
-    AttentionProblem problem = problem_of(q, k, v, mask);
-    set_state(problem, highest, total, output, written);
+// Whether two blocks of keys can be added to the state of the same queries in one go.
+bool fit_together(const AttentionProblem& one, const AttentionProblem& other) {
+    return one.kv_heads == other.kv_heads && one.q_position == other.q_position && one.q_document == other.q_document &&
+           one.scale == other.scale && one.causal == other.causal && one.window == other.window &&
+           one.softcap == other.softcap && (one.slopes == nullptr) == (other.slopes == nullptr) &&
+           (one.slopes == nullptr || std::equal(one.slopes, one.slopes + one.heads, other.slopes));
+}
+
+using KeyBlock = std::tuple<py::array, py::array, py::tuple>;  // k, v, mask
+
+void forward(const py::array& q, const std::vector<KeyBlock>& blocks, const py::array& highest, const py::array& total,
+             const py::array& output) {
+    check(!blocks.empty(), "attention: there is no block of keys; one or more would be right");
+    std::vector<Mask> masks;
+    std::vector<AttentionProblem> problems;
+    for (const auto& block : blocks) masks.push_back(mask_of(std::get<2>(block)));
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        problems.push_back(problem_of(q, std::get<0>(blocks[i]), std::get<1>(blocks[i]), masks[i]));
+        set_state(problems[i], highest, total, output, written);
+        check(fit_together(problems[0], problems[i]), "attention: block ", i,
+              " has other heads, or another mask for the same queries, than block 0; other keys alone would be right");
+    }
+    for (std::size_t i = 1; i < problems.size(); ++i) problems[i - 1].next = &problems[i];
     py::gil_scoped_release release;
-    run_attention_forward(problem);
+    run_attention_forward(problems[0]);
 }
 
 // The shape of a state, without keys.

@@ -68,7 +68,10 @@ void on_threads(int threads, std::int64_t n, std::int64_t bytes, const Work& wor
 }
 
 int threads_for(const AttentionProblem& problem) {
-    const double pairs = static_cast<double>(problem.n_queries) * problem.n_keys * problem.batch * problem.heads;
+    double keys = 0;
+    for (const AttentionProblem* part = &problem; part != nullptr; part = part->next)
+        keys += static_cast<double>(part->n_keys);
+    const double pairs = static_cast<double>(problem.n_queries) * keys * problem.batch * problem.heads;
     return pairs < smallest_parallel_pairs ? 1 : thread_count();
 }
 

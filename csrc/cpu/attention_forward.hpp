@@ -1,5 +1,6 @@
 // Attention, forward, on one rank: adds some keys to the state of some queries, without a matrix of all logits.
 //
+//     queries and state into lanes
 //     for each block of keys (packed once):                        4 key tiles of 84 keys
 //         for each tile of queries:                                64 rows, in lanes
 //             for each key tile that the mask leaves something of:
@@ -7,6 +8,7 @@
 //                 highest, total: vertical maximum and sum of 2^(logit - highest), in registers
 //                 output (features, lanes) = output * factor + V^T weights
 //                                                                  register tiles of 6 features and 4 vectors
+//     state out of lanes
 //
 // FLOPs: 2 (size + v_size) a visible pair and head. Bytes: K and V are read once per range of queries (at most about
 // `forward_rows` rows), q and the state once per call. The state is not normalised, so that a call takes up where
@@ -131,38 +133,13 @@ FIVEDP_INLINE bool weigh(const AttentionProblem& problem, const QueryTile<T>& ti
     return rescale;
 }
 
+// Adds the keys of `problem` to the state of the range's queries, which are in lanes.
 template <class E>
-FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const AttentionRange& range, char* scratch) {
+FIVEDP_NOINLINE void add_keys(const AttentionProblem& problem, const AttentionRange& range,
+                              const typename E::Acc* scale, const ForwardScratch<E>& s) {
     using T = typename E::Acc;
-    const std::int64_t group = problem.heads / problem.kv_heads;
-    const std::int64_t rows = group * (range.query_end - range.query_begin);
     const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length(problem);
     const std::int64_t depth = units<E>(size), v_step = feature_step(v_size);
-    const ForwardScratch<E> s = forward_scratch<E>(problem, rows, scratch);
-    const TokenView state = sums_view<T>(problem, problem.output, v_size);
-    T* const all_highest = (T*)problem.highest;
-    T* const all_total = (T*)problem.total;
-    const auto flat = [&](std::int64_t row) {
-        const RowAt at = row_at(problem, range, row);
-        return (range.batch * problem.heads + at.head) * problem.n_queries + at.query;
-    };
-
-    T scale[query_tile];  // logits are in units of log(2)
-    for (T& lane : scale) lane = (T)(problem.scale * log2_of_e);
-    for (std::int64_t t = 0; t < s.tiles; ++t) {
-        const std::int64_t first = t * query_tile, left = rows - first;
-        const std::int64_t in_tile = left < query_tile ? left : query_tile;
-        describe_tile<T>(problem, range, first, in_tile, s.tile[t]);
-        to_lanes<E>(problem, problem.type, problem.q, size, range, first, in_tile, scale[0], s.rows_of_lanes,
-                    row_length, s.queries + first * depth);
-        to_lanes<SumsEngine<T>>(problem, sums_type<T>, state, v_size, range, first, in_tile, T(1), s.rows_of_sums,
-                                row_length, s.output + first * v_size);
-        for (std::int64_t row = first; row < first + query_tile; ++row) {
-            s.highest[row] = row < rows ? all_highest[flat(row)] : (T)-__builtin_inf();
-            s.total[row] = row < rows ? all_total[flat(row)] : T(0);
-        }
-    }
-
     for (std::int64_t first = 0; first < problem.n_keys; first += key_block) {
         const std::int64_t left = problem.n_keys - first;
         KeyBlock<T>& block = *s.block;
@@ -203,6 +180,42 @@ FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const At
             }
         }
     }
+}
+
+template <class E>
+FIVEDP_NOINLINE void attention_forward(const AttentionProblem& problem, const AttentionRange& range, char* scratch) {
+    using T = typename E::Acc;
+    const std::int64_t group = problem.heads / problem.kv_heads;
+    const std::int64_t rows = group * (range.query_end - range.query_begin);
+    const std::int64_t size = problem.size, v_size = problem.v_size, row_length = staged_length(problem);
+    const std::int64_t depth = units<E>(size);
+    const ForwardScratch<E> s = forward_scratch<E>(problem, rows, scratch);
+    const TokenView state = sums_view<T>(problem, problem.output, v_size);
+    T* const all_highest = (T*)problem.highest;
+    T* const all_total = (T*)problem.total;
+    const auto flat = [&](std::int64_t row) {
+        const RowAt at = row_at(problem, range, row);
+        return (range.batch * problem.heads + at.head) * problem.n_queries + at.query;
+    };
+
+    T scale[query_tile];  // logits are in units of log(2)
+    for (T& lane : scale) lane = (T)(problem.scale * log2_of_e);
+    for (std::int64_t t = 0; t < s.tiles; ++t) {
+        const std::int64_t first = t * query_tile, left = rows - first;
+        const std::int64_t in_tile = left < query_tile ? left : query_tile;
+        describe_tile<T>(problem, range, first, in_tile, s.tile[t]);
+        to_lanes<E>(problem, problem.type, problem.q, size, range, first, in_tile, scale[0], s.rows_of_lanes,
+                    row_length, s.queries + first * depth);
+        to_lanes<SumsEngine<T>>(problem, sums_type<T>, state, v_size, range, first, in_tile, T(1), s.rows_of_sums,
+                                row_length, s.output + first * v_size);
+        for (std::int64_t row = first; row < first + query_tile; ++row) {
+            s.highest[row] = row < rows ? all_highest[flat(row)] : (T)-__builtin_inf();
+            s.total[row] = row < rows ? all_total[flat(row)] : T(0);
+        }
+    }
+
+    for (const AttentionProblem* part = &problem; part != nullptr; part = part->next)
+        add_keys<E>(*part, range, scale, s);
 
     for (std::int64_t first = 0; first < rows; first += query_tile) {
         const std::int64_t left = rows - first;

@@ -26,6 +26,9 @@ struct AttentionProblem {
     double softcap;        // 0: none
     const double* slopes;  // of ALiBi, one a query head; null: none
 
+    // Forward only: the same queries with other keys, which are added after these; null: none.
+    const AttentionProblem* next;
+
     // The state between calls, in the type of sums (float64 for float64, else float32), contiguous:
     // highest, total (batch, heads, n_queries): the row's largest logit in units of log(2), and the sum of
     // 2^(logit - highest); output (batch, n_queries, heads, v_size): the values summed with these weights.

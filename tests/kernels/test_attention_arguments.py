@@ -245,10 +245,44 @@ def test_strided_rows_are_refused_by_the_extension_itself() -> None:
         a = good()
         a[name] = np.repeat(a[name], 2, axis=-1)[..., ::2]
         with refused(a, ValueError, f"last dimension of {name} is strided"):
-            _cpu.attention_forward(a["q"], a["k"], a["v"], a["mask"]._packed(), a["highest"], a["total"], a["output"])
+            extension_forward(a, (a["k"], a["v"], a["mask"]._packed()))
     with refused(a := good(), ValueError, "the mask has 8 entries"):
-        packed = a["mask"]._packed()[:-1]
-        _cpu.attention_forward(a["q"], a["k"], a["v"], packed, a["highest"], a["total"], a["output"])
+        extension_forward(a, (a["k"], a["v"], a["mask"]._packed()[:-1]))
+
+
+def extension_forward(a: dict[str, Any], *blocks: tuple[Any, ...]) -> None:
+    _cpu.attention_forward(a["q"], list(blocks), a["highest"], a["total"], a["output"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scale": 2.0}, "block 1 has other heads, or another mask for the same queries, than block 0"),
+        ({"causal": True}, "block 1 has"),
+        ({"window": 3}, "block 1 has"),
+        ({"softcap": 3.0}, "block 1 has"),
+        ({"slopes": [1.0] * HEADS}, "block 1 has"),
+        ({"q_position": places(S)}, "block 1 has"),
+        ({"q_document": places(S), "k_document": places(KEYS)}, "block 1 has"),
+        ({"k_position": places(KEYS + 1)}, "k_position"),
+    ],
+)
+def test_blocks_that_do_not_fit_together(change: dict[str, Any], words: str) -> None:
+    a = good()
+    mask = replace(a["mask"], **change)
+    state = State(a["highest"], a["total"], a["output"])
+    with refused(a, ValueError, words):
+        kernel.forward_blocks(a["q"], [(a["k"], a["v"], a["mask"]), (a["k"], a["v"], mask)], state)
+
+
+def test_blocks_of_other_heads_and_no_block_at_all() -> None:
+    a = good()
+    state = State(a["highest"], a["total"], a["output"])
+    fewer = (a["k"][:, :, :1], a["v"][:, :, :1], a["mask"])
+    with refused(a, ValueError, "block 1 has other heads"):
+        kernel.forward_blocks(a["q"], [(a["k"], a["v"], a["mask"]), fewer], state)
+    with refused(a, ValueError, "there is no block of keys"):
+        extension_forward(a)
 
 
 @pytest.mark.parametrize("call", ["forward", "backward"])

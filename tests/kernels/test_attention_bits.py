@@ -86,6 +86,28 @@ def test_a_state_has_the_same_bits_when_keys_come_in_pieces_of_whole_tiles(seed:
 
 @pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.usefixtures("restore_threads")
+def test_blocks_of_one_call_have_the_bits_of_a_call_for_each(seed: int, dtype: Any, kind: str) -> None:
+    rng = np.random.default_rng(seed)
+    gemm.set_threads(2)
+    for queries, keys in ((130, 700), (3, 50), (0, 20)):
+        case = draw_case(rng, dtype, batch=2, kv_heads=2, group=3, queries=queries, keys=keys, size=20, **MASKS[kind])
+        before = rng.integers(0, keys // 2)  # of the keys, that are in the state already
+        cuts = [before, *sorted(rng.integers(before, keys + 1, 4).tolist()), keys]
+        blocks = [(case.k[:, piece], case.v[:, piece], part(case.mask, keys=piece)) for piece in pieces(cuts)]
+        states = []
+        for together in (True, False):
+            state = kernel.empty_state(case.q, case.v.shape[-1])
+            first = slice(0, before)
+            kernel.forward(case.q, case.k[:, first], case.v[:, first], part(case.mask, keys=first), state)
+            for chain in [blocks] if together else [[block] for block in blocks]:
+                kernel.forward_blocks(case.q, chain, state)
+            states.append(bits(state.highest) + bits(state.total) + bits(state.output))
+        assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
 def test_gradients_have_the_same_bits_when_keys_come_in_pieces_of_whole_tiles(seed: int, dtype: Any, kind: str) -> None:
     rng = np.random.default_rng(seed)
     keys = 400

@@ -13,6 +13,8 @@ from mpi4py import MPI
 import fivedp
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
+from fivedp.kernels import attention as kernel
+from fivedp.ops import ring_blocks
 from fivedp.reference import attention_reference
 from mpi_attention import BFLOAT16, DTYPES, LAYOUTS, RESULTS, Case, collected, dirty_memory, judge
 
@@ -41,17 +43,39 @@ def test_two_calls_have_the_same_bits(comm: MPI.Intracomm, seed: int, travels: s
 
 
 @either_travels
-@pytest.mark.parametrize("shared", ["shared window", "messages"])
+@pytest.mark.parametrize("shared", ["shared window", "window without room", "messages"])
 def test_long_blocks_through_window_and_messages(
     comm: MPI.Intracomm, seed: int, shared: str, travels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shared == "messages":
         monkeypatch.setenv("FIVEDP_SHARED", "0")
     apart = comm.Dup()  # a grid of its own, which reads the setting
+    window = grid_of(apart).shared
+    if shared == "window without room" and window is not None and comm.rank % 2:
+        monkeypatch.setattr(window, "take", lambda n_bytes: None)
+    monkeypatch.setattr(ring_blocks, "_HELD_BYTES", 0)
+    counts: list[int] = []
+    add = kernel.forward_blocks
+
+    def counted(q: Any, blocks: Any, state: Any) -> None:
+        counts.append(len(blocks))
+        add(q, blocks, state)
+
+    monkeypatch.setattr(kernel, "forward_blocks", counted)
     rng, kv_heads = np.random.default_rng(seed), KV_HEADS[travels]
-    case = plain(rng, 100 * comm.size, size=64, kv_heads=kv_heads, causal=True, layout="zigzag")
-    assert case.k.nbytes // comm.size >= shared_window.MIN_BYTES
-    judge(case, case.run(apart), apart)
+    case = plain(rng, 100 * comm.size, size=128, kv_heads=kv_heads, causal=True, layout="zigzag")
+    assert case.k.nbytes // comm.size // 2 >= shared_window.MIN_BYTES  # half is what the mask leaves of some
+    results = case.run(apart)
+    # This rank's own block, then what is read in place together; what comes by message is the last of its list.
+    by_message = [window is None or (shared == "window without room" and rank % 2 == 1) for rank in range(comm.size)]
+    lists: list[list[int]] = [[]]
+    for step in range(comm.size):
+        source = (comm.rank - step) % comm.size
+        lists[-1].append(source)
+        if step == 0 or by_message[source]:
+            lists.append([])
+    assert counts == [len(sources) for sources in lists if sources]
+    judge(case, results, apart)
 
 
 def test_keys_that_nobody_sees_are_not_sent(comm: MPI.Intracomm, seed: int) -> None:

@@ -117,11 +117,22 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> None:
     TypeError
         Element types other than those above.
     """
+    forward_blocks(q, [(k, v, mask)], state)
+
+
+def forward_blocks(q: Array, blocks: Sequence[tuple[Array, Array, Mask]], state: State) -> None:
+    """`forward` for each of some blocks (k, v, mask), in their order and with the same bits, in one call.
+
+    Queries and state are brought into the order that the arithmetic needs, and the state back from it, once instead of
+    once a block. The masks differ in the places of keys alone.
+    """
     if is_cupy(q):
-        _on_gpu().forward(q, k, v, mask, state)
+        for k, v, mask in blocks:
+            _on_gpu().forward(q, k, v, mask, state)
         return
-    q_rows, k_rows, v_rows = _rows(q=q, k=k, v=v)
-    _cpu.attention_forward(q_rows, k_rows, v_rows, mask._packed(), state.highest, state.total, state.output)
+    (q_rows,) = _rows(q=q)
+    rows = [(*_rows(k=k, v=v), mask._packed()) for k, v, mask in blocks]
+    _cpu.attention_forward(q_rows, rows, state.highest, state.total, state.output)
 
 
 def join(states: Sequence[State]) -> State:

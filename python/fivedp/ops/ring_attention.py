@@ -8,7 +8,7 @@ The kernel's state (largest logit, sum of weights, weighted values) is carried t
 blocks are not merged and nothing is rounded between them; the division comes at the end (Liu, Zaharia and Abbeel, "Ring
 attention with blockwise transformers", 2023, with the state of Milakov and Gimelshein, 2018). A block goes straight
 from its owner to every rank whose queries see any of it, cut to the range that they see; on one node it is read where
-it lies.
+it lies, and the kernel takes all blocks after the first in one call.
 
 In the backward the same pairs of ranks meet in the same steps. Either keys travel again, or queries do with what
 belongs to them, in the other direction and to the ranks whose keys they see; `layout.ring_travel` says which, by bytes.
@@ -218,11 +218,14 @@ def forward(part: Part, mail: Mailbox, out: Array) -> Array:
     travel = forward_travel(part.visibility, part.sizes)
     blocks = Blocks(part.group, mail, arrays, part.visibility.keys, travel.spans, travel.stride)
     blocks.start()
-    for source in blocks.coming:
-        blocks.expect_next(source)
-        k, v = blocks.arrived(source)
-        kernel.forward(part.q, k, v, part.mask(part.queries, blocks.tokens(source)), state)
-        blocks.release(source)
+    for sources in blocks.together():
+        arrived = []
+        for source in sources:
+            k, v = blocks.arrived(source)
+            arrived.append((k, v, part.mask(part.queries, blocks.tokens(source))))
+        kernel.forward_blocks(part.q, arrived, state)
+        for source in sources:
+            blocks.release(source)
     return kernel.finish(state, out)
 
 

@@ -2,19 +2,23 @@
 
 A block goes from its owner straight to every member that needs any of it. The receive of the next block is posted while
 the present one is used, so of blocks that come by message no more than two are in memory at a time; on one node a block
-is read where it lies.
+is read where it lies, and all blocks are used together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from fivedp.comm.grid import Group
 from fivedp.comm.messages import TAGS, Mailbox, Receipt
 from fivedp.layout.sequence import Span, Tokens, join, reading_order
 
 Array = Any
+# Blocks that came by message are held for one call of the kernel up to here: those too small for the shared window.
+_HELD_BYTES = 256 << 10
 
 
 class Blocks:
@@ -91,6 +95,31 @@ class Blocks:
         place = self.coming.index(source)
         for one in self.coming[place + 1 : place + 2]:
             self.expect(one)
+
+    def together(self) -> Iterator[list[int]]:
+        """The members of `coming`, in lists of those whose blocks have arrived and are best used in one go.
+
+        This member's own block comes first, while the others arrive. Those that are read in place come together, for
+        they take no memory; of blocks that come by message, small ones do.
+        """
+        mine, held = self.group.index, 0
+        together: list[int] = []
+        in_place = self.group.in_place and self.mail.xp is np
+        for source in self.coming if in_place else []:
+            self.expect(source)
+        for source in self.coming:
+            if not in_place:
+                self.expect_next(source)
+            self.arrived(source)
+            together.append(source)
+            held += sum(
+                receipt.buffer.size for receipt in self._under_way.get(source, []) if receipt.buffer is not None
+            )
+            if source == mine or held > _HELD_BYTES or not in_place:
+                yield together
+                together, held = [], 0
+        if together:
+            yield together
 
     def tokens(self, source: int) -> Tokens:
         """Where the tokens are of which `arrived` gives the arrays."""
