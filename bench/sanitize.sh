@@ -5,13 +5,14 @@
 #   bench/sanitize.sh [ISA ...]      default: what this machine would choose, emulated AVX-512 where that is not
 #                                    AVX-512 itself, and emulated AVX512-BF16
 #
-# PYTHON names the interpreter (default: python); JOBS the compile jobs (default: 2). The installed package is left as it
+# PYTHON names the interpreter (default: python); JOBS the compile jobs (default: 2). The sets are tested at the same time,
+# for a test keeps one core busy at most times; each is reported when all have ended. The installed package is left as it
 # is: a sitecustomize module puts the sanitized extension in its place for these processes and their children.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null; rm -rf "$work"' EXIT
 
 cmake=cmake
 "$python" -c "import cmake" 2>/dev/null && cmake="$python -m cmake"
@@ -34,7 +35,6 @@ sys.modules["fivedp._cpu"] = module
 EOF
 
 export PYTHONPATH="$work/path${PYTHONPATH:+:$PYTHONPATH}"
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:log_path=$work/found UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:log_path=$work/found
 # libstdc++ as well: the sanitizer looks for its exceptions before the first extension has loaded it.
 runtime="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so.6)"
 if [ $# -eq 0 ]; then
@@ -44,12 +44,29 @@ if [ $# -eq 0 ]; then
         avx512*) set -- "" avx512_bf16_emulated ;;
     esac
 fi
-for isa in "$@"; do
-    echo "== ${isa:-this machine}"
-    chosen="not other_sets"  # each set is run here, by itself
+test_set() { # ISA, or nothing for what this machine would choose
+    local isa=$1 options=halt_on_error=1:log_path=$work/${1:-own}.found
+    local chosen="not other_sets" # each set is run here, by itself
     # Attention in other types than bfloat16 is that of AVX-512 once more.
     if [ "$isa" = avx512_bf16_emulated ]; then chosen+=" and (not attention or bfloat16 or test_any)"; fi
-    FIVEDP_ISA=$isa LD_PRELOAD="$runtime" "$python" -m pytest "$root/tests/kernels" -k "$chosen" -q -p no:cacheprovider -x ||
-        { status=$?; cat "$work"/found* 2>/dev/null || true; exit "$status"; }
+    FIVEDP_ISA=$isa LD_PRELOAD=$runtime UBSAN_OPTIONS=print_stacktrace=1:$options \
+        ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:$options \
+        "$python" -m pytest "$root/tests/kernels" -k "$chosen" -q -p no:cacheprovider -x >"$work/${isa:-own}.log" 2>&1
+}
+running=() failed=0
+for isa in "$@"; do
+    test_set "$isa" &
+    running+=($!)
 done
-echo "sanitizers: clean"
+for isa in "$@"; do
+    wait "${running[0]}" && status=0 || status=$?
+    running=("${running[@]:1}")
+    echo "== ${isa:-this machine}"
+    cat "$work/${isa:-own}.log"
+    if [ $status -ne 0 ]; then
+        failed=$status
+        cat "$work/${isa:-own}".found* 2>/dev/null || true
+    fi
+done
+[ $failed = 0 ] && echo "sanitizers: clean"
+exit $failed

@@ -10,9 +10,10 @@ of the file, read without importing it:
 A rank takes a second to start, which is more than many files take. Where a launch of several files fails, the files
 that it failed in are told so, and each of the others runs again alone.
 
-A launch ends in one of four ways, and never hangs: its own exit status; the deadline; a rank whose process is gone
-although its tests are not; ranks that finished their tests and do not end. In the last three every rank first writes
-the stacks of its threads (SIGUSR1, faulthandler), then everything that belongs to the launch is killed.
+A launch ends in one of five ways, and never hangs: its own exit status; the deadline; a rank whose process is gone
+although its tests are not; ranks that finished their tests and do not end; a launcher that survives its ranks, as
+`fivedp run` would end it. In the last four every rank first writes the stacks of its threads (SIGUSR1, faulthandler),
+then everything that belongs to the launch is killed.
 
 `run_mpi` is the same launch for a test's own program: a crash, a hang, a benchmark.
 """
@@ -45,7 +46,7 @@ from fivedp.cli.launcher import (
     this_machine,
 )
 from fivedp.cli.mpi_library import MPILibraryError, find_library
-from fivedp.cli.processes import MARK, catches, end_launch, marked, new_mark, send
+from fivedp.cli.processes import MARK, Survivor, catches, end_launch, marked, new_mark, send
 
 TESTS = Path(__file__).resolve().parent
 MPI_TESTS = TESTS / "mpi"
@@ -184,7 +185,8 @@ def start(
                 launch.argv, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
             )
             try:
-                because = _watch(process, mark, records, timeout, limits or {})
+                survivor = Survivor(process.pid, mark) if launch.may_survive else None
+                because = _watch(process, mark, records, timeout, limits or {}, survivor)
                 if because:
                     send([pid for pid in marked(mark) if catches(pid, SIGUSR1)], SIGUSR1)
                     time.sleep(0.5)
@@ -205,7 +207,12 @@ def start(
 
 
 def _watch(
-    process: subprocess.Popen[bytes], mark: str, records: Path, timeout: float, limits: Mapping[str, float]
+    process: subprocess.Popen[bytes],
+    mark: str,
+    records: Path,
+    timeout: float,
+    limits: Mapping[str, float],
+    survivor: Survivor | None,
 ) -> str:
     """Wait for the end of a launch; the reason to end it, or an empty string where it ended by itself."""
     pause, lost_since, done_since = 0.01, 0.0, 0.0
@@ -224,6 +231,8 @@ def _watch(
             begin, files, timeout = now, here, max(limits[file] for file in here)
         if now > begin + timeout:
             return f"deadline of {timeout:g} s passed; {where or 'no rank had begun its tests'}"
+        if survivor is not None and survivor.found():
+            return f"all ranks ended {survivor.patience_s:g} s ago, their launcher did not"
         if not ranks:
             continue
         alive = set(marked(mark))

@@ -176,6 +176,12 @@ def test_hosts_and_allocations_are_not_judged_by_this_machine() -> None:
     for options, environ in ([["--host", "a:4,b:4"], {}], [[], {"SLURM_JOB_ID": "1"}]):
         launch = plan_launch(8, ["x"], OPENMPI, SMALL, environ=environ, launcher_options=options)
         assert "PRTE_MCA_rmaps_default_mapping_policy" not in launch.set_variables
+        assert not launch.may_survive
+
+
+def test_only_open_mpi_on_this_machine_may_survive_its_ranks() -> None:
+    assert plan_launch(2, ["x"], OPENMPI, SMALL, environ={}).may_survive
+    assert not plan_launch(2, ["x"], MPICH, SMALL, environ={}).may_survive
 
 
 def test_misleading_variables_go_and_user_settings_stay() -> None:

@@ -84,11 +84,14 @@ class Launch:
         Launcher, its options, the command.
     set_variables : dict of str to str
     removed_variables : tuple of str
+    may_survive : bool
+        Whether this launcher may stay for ever after the ranks of an aborted job, all on this machine, have ended.
     """
 
     argv: tuple[str, ...]
     set_variables: dict[str, str] = field(default_factory=dict)
     removed_variables: tuple[str, ...] = ()
+    may_survive: bool = False
 
     def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         """The environment to start `argv` in."""
@@ -263,7 +266,12 @@ def plan_launch(
     changed = {name: value for name, value in wanted.items() if environ.get(name) != value}
     removed = [name for name in environ if name.startswith(MISLEADING_BLAS) or is_rank_variable(name)]
     argv = (str(launcher.path), "-np", str(n_ranks), *options, *_runnable(command))
-    return Launch(argv=argv, set_variables=changed, removed_variables=tuple(sorted(removed)))
+    return Launch(
+        argv=argv,
+        set_variables=changed,
+        removed_variables=tuple(sorted(removed)),
+        may_survive=launcher.vendor == "openmpi" and not placed,
+    )
 
 
 def launch_for(

@@ -57,6 +57,39 @@ def send(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
+class Survivor:
+    """Tells of a launcher that waits for nobody: its ranks have come and gone, and it stays.
+
+    Open MPI's does so about once in 70 jobs that end in an abort, in a deadlock of its own. A launcher that waits for
+    another node has a process there by way of one here (ssh, srun), which carries the mark as well.
+
+    Parameters
+    ----------
+    launcher : int
+        Its process id.
+    mark : str
+    patience_s : float
+        Seconds it gets, after the last other process, to end by itself.
+    """
+
+    LOOK_EVERY_S = 1.0
+
+    def __init__(self, launcher: int, mark: str, patience_s: float = 5.0) -> None:
+        self._known, self._mark, self.patience_s = {launcher, os.getpid()}, mark, patience_s
+        self._began, self._alone_since, self._look = False, 0.0, 0.0
+
+    def found(self) -> bool:
+        """Whether it is one by now; to be asked again and again."""
+        now = time.monotonic()
+        if now >= self._look:
+            self._look = now + self.LOOK_EVERY_S
+            if any(pid not in self._known for pid in marked(self._mark)):
+                self._began, self._alone_since = True, 0.0
+            elif self._began:
+                self._alone_since = self._alone_since or now
+        return self._alone_since > 0 and now - self._alone_since > self.patience_s
+
+
 def end_launch(launcher: subprocess.Popen[bytes], mark: str, grace: float = 2.0) -> None:
     """End a launch: ask its launcher, wait `grace` seconds, then kill whatever carries the mark.
 
