@@ -14,7 +14,7 @@ from fivedp.cli.processes import Survivor
 from fivedp.cli.run import run
 
 # A launcher (this shell, which becomes `sleep`) that stays after its rank has ended, and one that waits for its rank.
-STAYS = "sleep 0.5 & echo $$ > pid; wait; exec sleep 60"
+STAYS = "sleep 3 & echo $$ > pid; wait; exec sleep 60"
 WAITS = "sleep 3; exit 5"
 
 
@@ -51,5 +51,5 @@ def test_launcher_that_has_started_nothing_yet_is_left_alone() -> None:
 
 def test_other_launchers_are_not_judged() -> None:
     said: list[str] = []
-    assert run(launch(STAYS, may_survive=False), timeout=4, say=said.append) == run_module.TIMED_OUT
-    assert said == ["fivedp run: not done after 4 s; every process of this launch is ended"]
+    assert run(launch(STAYS, may_survive=False), timeout=6, say=said.append) == run_module.TIMED_OUT
+    assert said == ["fivedp run: not done after 6 s; every process of this launch is ended"]

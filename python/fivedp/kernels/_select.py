@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,27 +30,30 @@ def library_of(array: Any) -> Any:
     return sys.modules["cupy"] if is_cupy(array) else np
 
 
+def setting(name: str, *values: str) -> str:
+    """The environment variable `name`, one of `values`; the first of them where it is not set.
+
+    Raises
+    ------
+    ValueError
+        Where it is none of these.
+    """
+    wanted = os.environ.get(name) or values[0]
+    if wanted not in values:
+        *others, last = map(repr, values)
+        raise ValueError(f"{name} is {wanted!r}; {', '.join(others)} or {last} would be right")
+    return wanted
+
+
 @functools.cache
-def gemm_backend() -> Literal["fivedp", "blas", "canonical"]:
+def gemm_backend() -> str:
     """What multiplies: FIVEDP_GEMM.
 
     ``fivedp``, the default, is the extension's own kernels for NumPy arrays and cuBLAS for CuPy's; ``blas`` the array
     library's product for both; ``canonical`` the extension's own for both. Asked once: a small product has no time to
     read the environment.
-
-    Raises
-    ------
-    ValueError
-        Where FIVEDP_GEMM is none of these.
     """
-    wanted = os.environ.get("FIVEDP_GEMM") or "fivedp"
-    if wanted == "blas":
-        return "blas"
-    if wanted == "canonical":
-        return "canonical"
-    if wanted == "fivedp":
-        return "fivedp"
-    raise ValueError(f"FIVEDP_GEMM is {wanted!r}; 'fivedp', 'blas' or 'canonical' would be right")
+    return setting("FIVEDP_GEMM", "fivedp", "blas", "canonical")
 
 
 def raw(array: Any, who: str) -> Any:

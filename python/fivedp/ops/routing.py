@@ -30,7 +30,7 @@ from fivedp.kernels._select import gemm_backend, is_cupy, library_of, sum_type
 from fivedp.kernels.device_copies import to_device, to_host
 from fivedp.kernels.gemm import gemm
 from fivedp.kernels.routing import UNITS, Integers, Routed, Rule, Totals
-from fivedp.ops.arguments import same_kind
+from fivedp.ops.arguments import checked, same_kind
 from fivedp.ops.batch_ranks import BatchRanks
 from fivedp.ops.capacity import capacity_of, keep_highest, pairs_before, slots_of
 from fivedp.ops.matmul import share_cores
@@ -324,23 +324,27 @@ def update_bias(
     ShapeError, DTypeError, LayoutError
         On every rank.
     """
-    error: ValueError | None = None
-    for name, array in (("bias", bias), ("counts", counts)):
-        if is_cupy(array):
-            error = DTypeError(f"update_bias: `{name}` is a CuPy array; expected a NumPy array, as Routing.counts is")
-    if error is not None:
-        bias = counts = np.empty(0)
-    bias, counts = np.asarray(bias), np.asarray(counts)
-    if error is None and (bias.ndim != 1 or bias.shape != counts.shape):
-        error = ShapeError(f"update_bias: `bias` has shape {bias.shape} and `counts` {counts.shape}; expected (E,)")
-    elif error is None and (bias.dtype not in (np.float32, np.float64) or counts.dtype.kind not in "iu"):
-        error = DTypeError(
-            f"update_bias: `bias` has dtype {bias.dtype} and `counts` {counts.dtype}; expected floats and integers"
-        )
+    arrays, error = checked(lambda: _bias_and_counts(bias, counts))
+    bias, counts = arrays or (np.empty(0), np.empty(0, np.int64))
     text = f"rate={rate} bias=({bias.size} numbers, {zlib.crc32(np.ascontiguousarray(bias).tobytes()):x})"
     ranks = BatchRanks("update_bias", comm, {"bias": bias, "counts": counts}, text, error)
     total = ranks.gather(counts.astype(np.int64)).sum(0)
     return np.asarray(bias + bias.dtype.type(rate) * np.sign(total.sum() - len(total) * total).astype(bias.dtype))
+
+
+def _bias_and_counts(bias: Array, counts: Array) -> tuple[Array, Array]:
+    """Both as NumPy arrays, checked."""
+    for name, array in (("bias", bias), ("counts", counts)):
+        if is_cupy(array):
+            raise DTypeError(f"update_bias: `{name}` is a CuPy array; expected a NumPy array, as Routing.counts is")
+    bias, counts = np.asarray(bias), np.asarray(counts)
+    if bias.ndim != 1 or bias.shape != counts.shape:
+        raise ShapeError(f"update_bias: `bias` has shape {bias.shape} and `counts` {counts.shape}; expected (E,)")
+    if bias.dtype not in (np.float32, np.float64) or counts.dtype.kind not in "iu":
+        raise DTypeError(
+            f"update_bias: `bias` has dtype {bias.dtype} and `counts` {counts.dtype}; expected floats and integers"
+        )
+    return bias, counts
 
 
 def _score(logits: Array, options: Options) -> Routed | tuple[Array, Totals]:

@@ -11,13 +11,12 @@ too where the chip is another one, or rows do not begin at multiples of 16 bytes
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from fivedp.kernels._select import sum_type
+from fivedp.kernels._select import setting, sum_type
 from fivedp.kernels.attention import Mask, State
 from fivedp.kernels.cuda._extension import extension, library_of, raw, stream_of
 
@@ -37,20 +36,9 @@ def empty_state(q: Array, v_size: int) -> State:
 
 
 @functools.cache
-def forward_kernel() -> Literal["sm80", "sm90"]:
-    """Which kernel is asked for: FIVEDP_ATTENTION_KERNEL, read once.
-
-    Raises
-    ------
-    ValueError
-        Where it is neither of these.
-    """
-    wanted = os.environ.get("FIVEDP_ATTENTION_KERNEL") or "sm80"
-    if wanted == "sm80":
-        return "sm80"
-    if wanted == "sm90":
-        return "sm90"
-    raise ValueError(f"FIVEDP_ATTENTION_KERNEL is {wanted!r}; 'sm80' or 'sm90' would be right")
+def forward_kernel() -> str:
+    """Which kernel is asked for: FIVEDP_ATTENTION_KERNEL, read once."""
+    return setting("FIVEDP_ATTENTION_KERNEL", "sm80", "sm90")
 
 
 def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
