@@ -14,9 +14,18 @@ python=${PYTHON:-python}
 work=$(mktemp -d)
 trap 'jobs -p | xargs -r kill 2>/dev/null; rm -rf "$work"' EXIT
 
+own=$("$python" -c 'from fivedp.kernels.gemm import isa; print(isa())')
+if [ $# -eq 0 ]; then
+    set -- "" avx512_emulated avx512_bf16_emulated
+    # A machine that has AVX-512 has run its sources in the first run.
+    if [[ $own == avx512* ]]; then set -- "" avx512_bf16_emulated; fi
+fi
+sets=$(for isa in "$@"; do printf '%s;' "${isa:-$own}"; done)
+
 cmake=cmake
 "$python" -c "import cmake" 2>/dev/null && cmake="$python -m cmake"
 $cmake -S "$root" -B "$work/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFIVEDP_SANITIZE=ON -DFIVEDP_CUDA=OFF -DFIVEDP_TEST_ISAS=ON \
+    -DFIVEDP_SANITIZE_ISAS="$sets" \
     -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
     -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$work/configure.log" || { cat "$work/configure.log"; exit 1; }
 $cmake --build "$work/build" --parallel "${JOBS:-2}" >"$work/build.log" || { tail -40 "$work/build.log"; exit 1; }
@@ -37,13 +46,6 @@ EOF
 export PYTHONPATH="$work/path${PYTHONPATH:+:$PYTHONPATH}"
 # libstdc++ as well: the sanitizer looks for its exceptions before the first extension has loaded it.
 runtime="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so.6)"
-if [ $# -eq 0 ]; then
-    set -- "" avx512_emulated avx512_bf16_emulated
-    # A machine that has AVX-512 has run its sources in the first run.
-    case $(PYTHONPATH='' "$python" -c 'from fivedp.kernels.gemm import isa; print(isa())') in
-        avx512*) set -- "" avx512_bf16_emulated ;;
-    esac
-fi
 test_set() { # ISA, or nothing for what this machine would choose
     local isa=$1 options=halt_on_error=1:log_path=$work/${1:-own}.found
     local chosen="not other_sets" # each set is run here, by itself
