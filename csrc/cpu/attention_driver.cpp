@@ -180,14 +180,12 @@ void run_attention_backward(const AttentionProblem& problem) {
     const std::int64_t group = problem.heads / problem.kv_heads;
     const std::int64_t queries = queries_per_range(problem, kernel.backward_rows);
     // One thread a key head: d_k and d_v are sums over queries in rising order.
-    on_threads(threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem, group * queries),
-               [&](std::int64_t index, char* memory) {
-                   for (std::int64_t begin = 0; begin < problem.n_queries; begin += queries)
-                       kernel.backward(problem,
-                                       {index / problem.kv_heads, index % problem.kv_heads, begin,
-                                        std::min(begin + queries, problem.n_queries)},
-                                       memory);
-               });
+    on_threads(
+        threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem, group * queries),
+        [&](std::int64_t index, char* memory) {
+            const AttentionRange head = {index / problem.kv_heads, index % problem.kv_heads, 0, problem.n_queries};
+            kernel.backward(problem, head, queries, memory);
+        });
 }
 
 void finish_attention(const AttentionProblem& problem, const TokenView& output, void* log_sum) {

@@ -55,7 +55,8 @@ struct AttentionKernel {
     std::int64_t (*forward_bytes)(const AttentionProblem& problem, std::int64_t rows);
     void (*forward)(const AttentionProblem& problem, const AttentionRange& range, char* scratch);
     std::int64_t (*backward_bytes)(const AttentionProblem& problem, std::int64_t rows);
-    void (*backward)(const AttentionProblem& problem, const AttentionRange& range, char* scratch);
+    // Of all queries of the heads that share a key head, `queries` at a time.
+    void (*backward)(const AttentionProblem& problem, const AttentionRange& head, std::int64_t queries, char* scratch);
 };
 
 }  // namespace fivedp
