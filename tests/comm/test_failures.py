@@ -214,6 +214,20 @@ def test_rank_that_dies(end: str, first_call: str) -> None:
     assert done.seconds < 25
 
 
+def test_ranks_of_a_broken_call_do_not_wait_for_ever_for_the_end_of_mpi() -> None:
+    done = run(
+        "import atexit\n"
+        "def how():\n    raise ValueError('seeded fault')\n"
+        "if rank == 1:\n    break_multiplication(how)\n    atexit.register(time.sleep, 200)\n",
+        timeout=90,
+    )
+    found = caught(done)
+    assert found[1][0] == "ValueError"
+    assert found[0][0] == found[2][0] == "PeerError"
+    assert done.returncode != 0
+    assert done.seconds < 60
+
+
 def test_silent_rank_is_named_at_the_deadline() -> None:
     done = run("if rank == 1:\n    time.sleep(6)\n", FIVEDP_TIMEOUT="2")
     found = caught(done)

@@ -10,14 +10,15 @@ notices on the control communicator, the processes of awaited ranks on this node
     DISAGREE  ... have been called differently        raise LayoutError, and tell the ranks that wait for them
 
 An uncaught exception prints the traceback with the rank's number and aborts the job. On a normal exit the ranks meet in
-a barrier; a rank that the others don't join says LEFT and goes.
+a barrier; a rank that the others don't join says LEFT and goes. After a call that ended halfway MPI gets 15 seconds to
+end.
 """
 
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import os
+import signal
 import struct
 import sys
 import time
@@ -39,6 +40,8 @@ _NOTICE_TAG = 7
 _LOOK_AFTER_S = 0.02
 _SUSPECT_AFTER_S = 1.0
 _FAREWELL_S = 2.0
+# What MPI gets to end after a broken call; of many ranks on few cores the ends of interpreter and MPI take a while.
+_END_S = 15.0
 # A launcher that is told to abort may drop what it has not yet forwarded: the traceback that says why.
 _FORWARD_S = 0.3
 
@@ -333,6 +336,8 @@ def _say_farewell() -> None:
         for watchdog in _watched:
             watchdog.farewell()
         if any(watchdog.broken is not None for watchdog in _watched):
-            # A call ended halfway; MPI may wait for ever for the rest of its messages. It gets some seconds, counted
-            # from here: the farewells end by themselves, and of many grids on busy cores they take as long.
-            faulthandler.dump_traceback_later(4 * _FAREWELL_S, exit=True)
+            # A call ended halfway; MPI may wait for ever for the rest of its messages. MPI ends after the interpreter,
+            # with its threads and handlers; an alarm of the kernel outlives it. It is counted from here: the farewells
+            # end by themselves, and of many grids on busy cores they take as long.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, _END_S)
