@@ -70,7 +70,7 @@ FIVEDP_INLINE ForwardScratch<E> forward_scratch(const AttentionProblem& problem,
     return s;
 }
 
-// Query rows of a range. Keys are packed once for each range; what the backward keeps of a range should stay in cache.
+// Query rows of a range. The forward packs keys once for each; what the backward keeps of one should stay in cache.
 static constexpr std::int64_t forward_rows = 1152, backward_rows = 576;
 
 template <class E>
