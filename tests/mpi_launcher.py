@@ -56,6 +56,8 @@ RECORDS = "FIVEDP_TEST_RECORDS"  # folder in which the ranks of a launch note wh
 SEED = "FIVEDP_TEST_SEED"
 # mpirun itself needs a moment to notice that a rank is gone; after this we end the launch for it.
 LOST_RANK_GRACE = 3.0
+# It writes to files, which keep it no longer than that.
+SURVIVOR_GRACE = 5.0
 # Interpreter shutdown and MPI_Finalize of 8 ranks on 2 busy cores.
 END_GRACE = 30.0
 NOTHING_COLLECTED = 5
@@ -185,7 +187,7 @@ def start(
                 launch.argv, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
             )
             try:
-                survivor = Survivor(process.pid, mark) if launch.may_survive else None
+                survivor = Survivor(process.pid, mark, SURVIVOR_GRACE) if launch.may_survive else None
                 because = _watch(process, mark, records, timeout, limits or {}, survivor)
                 if because:
                     send([pid for pid in marked(mark) if catches(pid, SIGUSR1)], SIGUSR1)

@@ -60,7 +60,7 @@ def send(pids: list[int], number: signal.Signals) -> None:
 class Survivor:
     """Tells of a launcher that waits for nobody: its ranks have come and gone, and it stays.
 
-    Open MPI's does so about once in 70 jobs that end in an abort, in a deadlock of its own. A launcher that waits for
+    Open MPI's does so now and then after a job that was aborted, in a deadlock of its own. A launcher that waits for
     another node has a process there by way of one here (ssh, srun), which carries the mark as well.
 
     Parameters
@@ -69,12 +69,12 @@ class Survivor:
         Its process id.
     mark : str
     patience_s : float
-        Seconds it gets, after the last other process, to end by itself.
+        Seconds it gets, after the last other process, to end by itself: it may have output to hand on to a slow reader.
     """
 
     LOOK_EVERY_S = 1.0
 
-    def __init__(self, launcher: int, mark: str, patience_s: float = 5.0) -> None:
+    def __init__(self, launcher: int, mark: str, patience_s: float = 30.0) -> None:
         self._known, self._mark, self.patience_s = {launcher, os.getpid()}, mark, patience_s
         self._began, self._alone_since, self._look = False, 0.0, 0.0
 
