@@ -123,6 +123,19 @@ def test_gradients_have_the_same_bits_when_keys_come_in_pieces_of_whole_tiles(se
 
 @pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
+def test_gradients_have_the_same_bits_for_more_keys_than_stay_packed(
+    seed: int, dtype: Any, kind: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    keys = 4032 + 90  # those of one group of blocks, and more than a key tile; the queries are two ranges
+    case = draw_case(rng, dtype, batch=1, kv_heads=2, group=1, queries=600, keys=keys, size=20, **MASKS[kind])
+    whole = all_of(case)
+    for step in (4032, 336):  # a group in a call of its own, then each block
+        assert_same_bits(all_of(case, k_borders=[0, *range(step, keys, step), keys]), whole)
+
+
+@pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("group", [1, 3])
 def test_gradients_have_the_same_bits_when_queries_come_in_pieces_of_whole_tiles(
     seed: int, dtype: Any, kind: str, group: int
