@@ -123,9 +123,7 @@ def test_gradients_have_the_same_bits_when_keys_come_in_pieces_of_whole_tiles(se
 
 @pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
-def test_gradients_have_the_same_bits_for_more_keys_than_stay_packed(
-    seed: int, dtype: Any, kind: str
-) -> None:
+def test_gradients_have_the_same_bits_for_more_keys_than_stay_packed(seed: int, dtype: Any, kind: str) -> None:
     rng = np.random.default_rng(seed)
     keys = 4032 + 90  # those of one group of blocks, and more than a key tile; the queries are two ranges
     case = draw_case(rng, dtype, batch=1, kv_heads=2, group=1, queries=600, keys=keys, size=20, **MASKS[kind])
