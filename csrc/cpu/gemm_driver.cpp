@@ -15,7 +15,7 @@ void run_gemm(GemmRequest request, const std::function<bool()>& progress) {
     choose_orientation(request, kernel);
 
     thread_local SumPlan sum_plan;  // kept: a small product does not allocate
-    plan_sum(request.cuts, request.n_shards, kernel.unit_k, kernel.pass_units, sum_plan);
+    plan_sum(request.cuts, request.n_shards, kernel, sum_plan);
     set_sum(request, sum_plan);
 
     const GemmProblem& problem = request.problem;

@@ -16,17 +16,18 @@ std::int64_t round_up(std::int64_t a, std::int64_t b) {
 
 namespace {
 
-// Bytes of scratch per thread: open sums, one K block of B's panels and one strip of A.
+// Bytes of scratch per thread: open sums, a round's panels of B and its strip of A.
 constexpr std::int64_t scratch_limit = 8 * 1024 * 1024;
 constexpr std::int64_t widest_block = 1024, highest_block = 1536;
 
 // Bytes of a block besides its slots, and with them.
 std::int64_t fixed_bytes(const GemmProblem& problem, const GemmKernel& kernel, std::int64_t block_m,
                          std::int64_t block_n) {
-    const std::int64_t panel_bytes = kernel.pass_units * kernel.unit_size;
-    return (1 + problem.n_local_slots) * kernel.tile_m * kernel.tile_n * kernel.accumulator_size +
-           round_up(block_n, kernel.tile_n) * panel_bytes +
-           std::min(round_up(block_m, kernel.tile_m), kernel.strip_rows) * panel_bytes;
+    const std::int64_t row_bytes = problem.most_passes * kernel.pass_units * kernel.unit_size;
+    const std::int64_t strip = std::min(round_up(block_m, kernel.tile_m), problem.strip_rows);
+    return ((1 + problem.n_tile_slots) * kernel.tile_m + problem.n_strip_slots * strip) * kernel.tile_n *
+               kernel.accumulator_size +
+           (round_up(block_n, kernel.tile_n) + strip) * row_bytes;
 }
 std::int64_t slot_bytes(const GemmKernel& kernel, std::int64_t block_m, std::int64_t block_n) {
     return round_up(block_m, kernel.tile_m) * round_up(block_n, kernel.tile_n) * kernel.accumulator_size;
@@ -45,6 +46,8 @@ bool can_stream(const GemmRequest& request, const GemmKernel& kernel) {
 void plan_blocks(GemmRequest& request, const GemmKernel& kernel, int threads, std::int64_t columns_beside) {
     GemmProblem& problem = request.problem;
     const std::int64_t m = request.m, n = request.n, batch = problem.c.batch;
+    const std::int64_t row_bytes = problem.most_passes * kernel.pass_units * kernel.unit_size;
+    problem.strip_rows = std::max<std::int64_t>(kernel.strip_bytes / row_bytes / kernel.tile_m, 1) * kernel.tile_m;
     problem.stream = can_stream(request, kernel);
     if (problem.stream) {
         // A strip's sums in half of the L1 cache; several strips a thread, but none so short that B is read in bits.
@@ -101,8 +104,8 @@ void limit_blocks(GemmRequest& request, const GemmKernel& kernel, std::int64_t e
 
 std::int64_t block_bytes(const GemmProblem& problem, const GemmKernel& kernel) {
     if (problem.stream)
-        return (1 + problem.n_local_slots + problem.n_slots) * problem.block_m * problem.block_n *
-                   kernel.accumulator_size +
+        return (1 + problem.n_tile_slots + problem.n_strip_slots + problem.n_slots) * problem.block_m *
+                   problem.block_n * kernel.accumulator_size +
                problem.block_m * kernel.pass_units * kernel.unit_size;
     return fixed_bytes(problem, kernel, problem.block_m, problem.block_n) +
            problem.n_slots * slot_bytes(kernel, problem.block_m, problem.block_n);
@@ -153,10 +156,12 @@ void choose_orientation(GemmRequest& request, const GemmKernel& kernel) {
 }
 
 void set_sum(GemmRequest& request, const SumPlan& plan) {
-    request.problem.passes = plan.passes.data();
-    request.problem.n_passes = static_cast<std::int64_t>(plan.passes.size());
+    request.problem.rounds = plan.rounds.data();
+    request.problem.n_rounds = static_cast<std::int64_t>(plan.rounds.size());
+    request.problem.most_passes = plan.most_passes;
     request.problem.n_slots = plan.n_slots;
-    request.problem.n_local_slots = plan.n_local_slots;
+    request.problem.n_strip_slots = plan.n_strip_slots;
+    request.problem.n_tile_slots = plan.n_tile_slots;
 }
 
 }  // namespace fivedp

@@ -14,9 +14,10 @@ constexpr std::int64_t k_block = 256;
 constexpr int max_tree_depth = 60;       // open subtrees of 2^60 shards
 constexpr int max_chains_per_pass = 16;  // more give nothing, and the plan stays small
 
-// Names of slots: 0, 1, ... lie in scratch; first_local_slot - i is the local slot i.
+// Names of slots: slot i of a block is i, of a strip first_strip_slot - i, of a tile first_tile_slot - i.
 constexpr std::int8_t to_c = -1;  // not a slot: the end of the sum
-constexpr std::int8_t first_local_slot = -2;
+constexpr std::int8_t first_tile_slot = -2;
+constexpr std::int8_t first_strip_slot = first_tile_slot - (max_tree_depth + 2);
 
 // One chain of fused multiply-adds from +0 in rising k; then the open sums are added, in this order, and the result is
 // stored to a slot or, finished, to C. See cpu/sum_plan.hpp.
@@ -34,6 +35,13 @@ struct Pass {
     int n_chains;
     std::int64_t k_begin, k_end, units;
     bool together;  // no chain but the last has a half-filled unit
+};
+
+// Passes that go over a strip of A together.
+struct Round {
+    const Pass* passes;
+    int n_passes;
+    std::int64_t k_begin, k_end;
 };
 
 // One piece of an operand: k_begin <= k < k_end of the whole; `outer` is m for A and n for B. Strides in bytes.
@@ -59,10 +67,12 @@ struct GemmProblem {
     std::int64_t k;
     double alpha, beta;
     // The plan:
-    const Pass* passes;
-    std::int64_t n_passes;
-    int n_slots, n_local_slots;
+    const Round* rounds;
+    std::int64_t n_rounds;
+    int most_passes;  // of a round
+    int n_slots, n_strip_slots, n_tile_slots;
     bool stream;                    // few rows: read B where it lies instead of packing it
+    std::int64_t strip_rows;        // rows of A packed at a time, at most
     std::int64_t block_m, block_n;  // sizes of a C block
 };
 
@@ -83,7 +93,8 @@ struct GemmKernel {
     std::int64_t unit_size;         // bytes of a packed unit
     std::int64_t pass_units;        // units that a packed row or panel has room for
     std::int64_t accumulator_size;  // bytes of one element of a partial sum
-    std::int64_t strip_rows;        // rows of A packed at a time
+    std::int64_t strip_bytes;       // of A, packed at a time
+    int round_passes;               // passes that go over a strip together, at most
     std::int64_t stream_rows;       // products of so few rows stream B
     bool (*block)(const GemmProblem& problem, const BlockRange& range, char* scratch, const Poll& poll);
     bool (*stream_block)(const GemmProblem& problem, const BlockRange& range, char* scratch, const Poll& poll);

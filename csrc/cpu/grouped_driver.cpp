@@ -120,7 +120,7 @@ GemmRequest request_of(ElementType type, std::int64_t m, std::int64_t n, std::in
 SumPlan sum_over_rows(std::int64_t rows, const GemmKernel& kernel) {
     const std::int64_t cuts[2] = {0, rows};
     SumPlan plan;
-    plan_sum(cuts, 1, kernel.unit_k, kernel.pass_units, plan);
+    plan_sum(cuts, 1, kernel, plan);
     return plan;
 }
 
@@ -128,7 +128,7 @@ SumPlan default_sum(std::int64_t k, const GemmKernel& kernel) {
     std::int64_t cuts[default_shards + 1];
     default_cuts(k, cuts);
     SumPlan plan;
-    plan_sum(cuts, default_shards, kernel.unit_k, kernel.pass_units, plan);
+    plan_sum(cuts, default_shards, kernel, plan);
     return plan;
 }
 

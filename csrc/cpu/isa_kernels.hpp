@@ -2,7 +2,8 @@
 //
 //     FIVEDP_ISA            the namespace and the name
 //     FIVEDP_VECTOR_BYTES   width of a vector
-//     FIVEDP_TILE_ROWS      rows of the register tile
+//     FIVEDP_TILE_ROWS, FIVEDP_TILE_VECTORS
+//                           rows and vectors of the register tile
 //     FIVEDP_ATTENTION_ROWS, FIVEDP_ATTENTION_VECTORS
 //                           rows and vectors of attention's register tile over lanes of queries
 //     FIVEDP_BF16_PAIRS     defined where an instruction multiplies pairs of bfloat16
@@ -26,6 +27,14 @@
 // Room for k in a packed row or panel.
 #ifndef FIVEDP_PASS_K
 #define FIVEDP_PASS_K 256
+#endif
+// Of a strip of A, packed: a quarter of the L2 cache.
+#ifndef FIVEDP_STRIP_BYTES
+#define FIVEDP_STRIP_BYTES (FIVEDP_VECTOR_BYTES >= 64 ? 288 * 1024 : 144 * 1024)
+#endif
+// Passes that go over a strip together.
+#ifndef FIVEDP_ROUND_PASSES
+#define FIVEDP_ROUND_PASSES 2
 #endif
 
 namespace fivedp {
@@ -74,7 +83,8 @@ constexpr GemmKernel gemm_kernel() {
             sizeof(typename E::Unit),
             pass_units<E>,
             sizeof(typename E::Acc),
-            strip_rows<E>,
+            FIVEDP_STRIP_BYTES,
+            FIVEDP_ROUND_PASSES,
             8,  // beyond 8 rows packing B costs less than reading its sums again and again
             &gemm_block<E>,
             &stream_block<E>};

@@ -1,13 +1,12 @@
-// The innermost loop: a tile of C, `rows` x (2 vectors), summed over one chain in registers.
+// The innermost loop: a tile of C, rows x vectors, summed over one chain in registers.
 //
 //     tile = 0;  for k: tile += A[:, k] (outer product) B[k, :];  tile += open subtrees;  store
 //
-// A lies as rows along k (so a row-major A is packed by copying), B as one panel of 2 vectors per k.
+// A lies as rows along k (so a row-major A is packed by copying), B as one panel of 1 .. tile_vectors vectors per k.
 // Each element is one chain of fused multiply-adds in increasing k that starts from +0, in every instruction set.
 // An engine says what a packed unit is: a number, or a pair of bfloat16 that one instruction multiplies and adds.
 
-// Tile of 2 vectors x FIVEDP_TILE_ROWS.
-static constexpr int tile_vectors = 2;
+static constexpr int tile_vectors = FIVEDP_TILE_VECTORS;
 static constexpr int tile_rows = FIVEDP_TILE_ROWS;
 
 struct F32Engine {
@@ -16,6 +15,7 @@ struct F32Engine {
     using Acc = float;
     static constexpr int unit_k = 1;
     FIVEDP_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> acc) { return fused(a, b, acc); }
+    FIVEDP_INLINE void accumulate(Vec<float>& sum, Vec<float> a, Vec<float> b) { fuse_into(sum, a, b); }
 };
 
 struct F64Engine {
@@ -24,6 +24,7 @@ struct F64Engine {
     using Acc = double;
     static constexpr int unit_k = 1;
     FIVEDP_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> acc) { return fused(a, b, acc); }
+    FIVEDP_INLINE void accumulate(Vec<double>& sum, Vec<double> a, Vec<double> b) { fuse_into(sum, a, b); }
 };
 
 // bfloat16 widened to float while packing.
@@ -47,6 +48,9 @@ struct Bf16PairsEngine {
         return fused((Vec<float>)(a << 16), (Vec<float>)(b << 16), upper);
 #endif
     }
+    FIVEDP_INLINE void accumulate(Vec<float>& sum, Vec<std::uint32_t> a, Vec<std::uint32_t> b) {
+        sum = multiply_add(a, b, sum);
+    }
 };
 #endif
 
@@ -57,75 +61,116 @@ static constexpr int tile_columns = tile_vectors* lanes<Acc>;
 template <class E>
 static constexpr int pass_units = static_cast<int>(FIVEDP_PASS_K) / E::unit_k;
 
-// The tiles to add to a chain's sum, in this order. A slot in scratch holds all tiles one after the other, a local
-// slot only the current one (mask 0).
+// The tiles to add to a chain's sum, in this order.
 template <class Acc>
 struct OpenSums {
     int count;
-    const Acc* slot[max_tree_depth + 2];
-    std::int64_t mask[max_tree_depth + 2];
+    const Acc* tile[max_tree_depth + 2];
 };
 
-template <class E, int rows>
+// Lines of memory to fetch into the L2 cache while a chain is summed, two for every four k: all at once they would keep
+// the packed operands from the L1 cache until the last of them has come.
+struct FetchList {
+    struct Run {
+        const char* first;
+        std::int64_t stride, count;
+    };
+    static constexpr int most_runs = 32;
+    int n_runs;
+    std::int64_t room;  // lines for which there is time
+    Run runs[most_runs];
+};
+
+FIVEDP_INLINE void clear(FetchList& list, std::int64_t units) {
+    list.n_runs = 0;
+    list.room = units / 2;
+}
+
+// Returns how many lines there was room for.
+FIVEDP_INLINE std::int64_t add_run(FetchList& list, const void* first, std::int64_t stride, std::int64_t count) {
+    if (list.n_runs == FetchList::most_runs) return 0;
+    if (count > list.room) count = list.room;
+    if (count <= 0) return 0;
+    list.runs[list.n_runs++] = {(const char*)first, stride, count};
+    list.room -= count;
+    return count;
+}
+
+template <class E, int rows, int vectors>
 FIVEDP_NOINLINE void microkernel(const typename E::Unit* __restrict__ a, const typename E::Unit* __restrict__ b,
-                                 std::int64_t units, const OpenSums<typename E::Acc>& open, std::int64_t offset,
+                                 std::int64_t units, const OpenSums<typename E::Acc>& open, const FetchList& fetches,
                                  typename E::Acc* to) {
     using Acc = typename E::Acc;
     using Unit = typename E::Unit;
     using V = Vec<Acc>;
     constexpr int width = lanes<Acc>;
 
-    for (int i = 0; i < open.count; ++i)
-        for (int line = 0; line < rows * tile_columns<Acc> * (int)sizeof(Acc); line += 64)
-            __builtin_prefetch((const char*)(open.slot[i] + (offset & open.mask[i])) + line);
-
-    for (int line = 0; line < rows * tile_columns<Acc> * (int)sizeof(Acc); line += 64)
-        __builtin_prefetch((const char*)to + line, 1);
-
-    V sum[rows][tile_vectors];
+    V sum[rows][vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < tile_vectors; ++v) sum[r][v] = V{};
+        for (int v = 0; v < vectors; ++v) sum[r][v] = V{};
 
+    const auto step = [&](std::int64_t k) __attribute__((always_inline)) {
+        Vec<Unit> b_row[vectors];
 #pragma GCC unroll 4
-    for (std::int64_t k = 0; k < units; ++k) {
-        Vec<Unit> b_row[tile_vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < tile_vectors; ++v) b_row[v] = load<Vec<Unit>>(b + k * tile_columns<Acc> + v * width);
+        for (int v = 0; v < vectors; ++v) b_row[v] = load<Vec<Unit>>(b + (k * vectors + v) * width);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
             const Vec<Unit> a_rk = broadcast<Unit>(a[r * pass_units<E> + k]);
 #pragma GCC unroll 4
-            for (int v = 0; v < tile_vectors; ++v) sum[r][v] = E::multiply_add(a_rk, b_row[v], sum[r][v]);
+            for (int v = 0; v < vectors; ++v) E::accumulate(sum[r][v], a_rk, b_row[v]);
+        }
+    };
+    std::int64_t k = 0;
+    for (int i = 0; i < fetches.n_runs; ++i) {
+        const char* line = fetches.runs[i].first;
+        const std::int64_t stride = fetches.runs[i].stride;
+        for (std::int64_t left = fetches.runs[i].count; left > 0 && k + 4 <= units; left -= 2, k += 4) {
+            __builtin_prefetch(line, 0, 2);
+            __builtin_prefetch(line + stride, 0, 2);
+            line += 2 * stride;
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) step(k + j);
         }
     }
+    for (; k + 4 <= units; k += 4)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) step(k + j);
+    for (; k < units; ++k) step(k);
 
     for (int i = 0; i < open.count; ++i) {
-        const Acc* from = open.slot[i] + (offset & open.mask[i]);
+        const Acc* other = open.tile[i];
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < tile_vectors; ++v)
-                sum[r][v] = load<V>(from + r * tile_columns<Acc> + v * width) + sum[r][v];
+            for (int v = 0; v < vectors; ++v) sum[r][v] = load<V>(other + (r * vectors + v) * width) + sum[r][v];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < tile_vectors; ++v) store(to + r * tile_columns<Acc> + v * width, sum[r][v]);
+        for (int v = 0; v < vectors; ++v) store(to + (r * vectors + v) * width, sum[r][v]);
 }
 
 template <class E>
 using Microkernel = void (*)(const typename E::Unit*, const typename E::Unit*, std::int64_t,
-                             const OpenSums<typename E::Acc>&, std::int64_t, typename E::Acc*);
+                             const OpenSums<typename E::Acc>&, const FetchList&, typename E::Acc*);
 
 // The microkernel for a tile of 1 .. tile_rows rows, found by halving so that no table with dynamic start is needed.
-template <class E, int low = 1, int high = tile_rows>
-FIVEDP_INLINE Microkernel<E> microkernel_for(int rows) {
+template <class E, int vectors, int low = 1, int high = tile_rows>
+FIVEDP_INLINE Microkernel<E> microkernel_of_rows(int rows) {
     if constexpr (low == high) {
-        return &microkernel<E, low>;
+        return &microkernel<E, low, vectors>;
     } else {
         constexpr int middle = (low + high) / 2;
-        return rows <= middle ? microkernel_for<E, low, middle>(rows) : microkernel_for<E, middle + 1, high>(rows);
+        return rows <= middle ? microkernel_of_rows<E, vectors, low, middle>(rows)
+                              : microkernel_of_rows<E, vectors, middle + 1, high>(rows);
     }
+}
+
+template <class E, int most = tile_vectors>
+FIVEDP_INLINE Microkernel<E> microkernel_for(int rows, int vectors) {
+    if constexpr (most > 1)
+        if (vectors < most) return microkernel_for<E, most - 1>(rows, vectors);
+    return microkernel_of_rows<E, most>(rows);
 }

@@ -1,7 +1,7 @@
 // Packing: the pieces of A and B that some chains need, joined, widened and laid out for the microkernel.
 //
 //     A: rows along k,             to[r * pass_units + k]
-//     B: panels of tile_columns,   to[k * tile_columns + j], filled up with zero columns
+//     B: panels of 1 .. tile_vectors vectors, to[k * width + j], filled up with zero columns
 //
 // Three ways, by the source's strides: contiguous along the packed direction (copy), contiguous across it (transposed
 // in registers, 8 x 8), or any strides (element by element). Sources are read where they lie and may be unaligned.
@@ -216,13 +216,13 @@ FIVEDP_INLINE Vec<typename E::Unit> load_units(const char* const* rows, std::int
 }
 
 // Columns column_begin .. column_begin + columns of B for k_begin <= k < k_end, one panel.
-template <class E>
+template <class E, int vectors>
 FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t column_begin, std::int64_t columns,
                             std::int64_t k_begin, std::int64_t k_end, typename E::Unit* to) {
     using Source = typename E::Source;
     using Unit = typename E::Unit;
     using Acc = typename E::Acc;
-    constexpr std::int64_t size = sizeof(Source), width = tile_columns<Acc>;
+    constexpr std::int64_t size = sizeof(Source), width = vectors * lanes<Acc>;
     const std::int64_t units = (k_end - k_begin + E::unit_k - 1) / E::unit_k;
     // The columns beyond `columns`, and the missing half of a last pair.
     if (columns < width || (k_end - k_begin) % E::unit_k != 0)
@@ -242,7 +242,7 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
                     for (std::int64_t k = 0; k < count; ++k) {
                         const char* const row = Rows::at(source, k);
 #pragma GCC unroll 4
-                        for (int v = 0; v < tile_vectors; ++v)
+                        for (int v = 0; v < vectors; ++v)
                             store(into + k * width + v * lanes<Acc>, load_units<E>(&row, v * lanes<Acc> * size));
                     }
                 });
@@ -276,7 +276,7 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
                                   const char* const pair_rows[2] = {Rows::at(source, 2 * pair),
                                                                     Rows::at(source, 2 * pair + 1)};
 #pragma GCC unroll 4
-                                  for (int v = 0; v < tile_vectors; ++v)
+                                  for (int v = 0; v < vectors; ++v)
                                       store(to + (k / 2 + pair) * width + v * lanes<Acc>,
                                             load_units<E>(pair_rows, v * lanes<Acc> * size));
                               }
@@ -294,15 +294,16 @@ FIVEDP_NOINLINE void pack_b(const Operand& b, std::int64_t batch, std::int64_t c
     }
 }
 
-// Fetches the memory that will be packed next into the L2 cache, a few lines between tiles, so that packing does not
-// wait. Only a guess: operands in several pieces within a pass, or with general strides, are packed without.
+// The memory that will be packed next, to be fetched into the L2 cache while tiles are computed, so that packing does
+// not wait. Only a guess: operands in several pieces within a pass, or with general strides, are packed without.
 struct Ahead {
-    const char* row;
-    std::int64_t row_stride, rows_left, row_bytes, at;
+    const char* first;
+    std::int64_t row_stride, n_rows, row_lines;
     const char* const* rows;  // the table of rows that lie anywhere, else null; then
     std::int64_t offset;      // bytes into each
+    std::int64_t row, line;   // the next to be fetched
 };
-static constexpr Ahead nothing_ahead = {nullptr, 0, 0, 0, 0, nullptr, 0};
+static constexpr Ahead nothing_ahead = {nullptr, 0, 0, 0, nullptr, 0, 0, 0};
 
 FIVEDP_INLINE Ahead ahead_of(const Operand& operand, std::int64_t size, std::int64_t batch, std::int64_t outer_begin,
                              std::int64_t outer_count, std::int64_t k_begin, std::int64_t k_end) {
@@ -310,45 +311,53 @@ FIVEDP_INLINE Ahead ahead_of(const Operand& operand, std::int64_t size, std::int
         const Piece& piece = operand.pieces[p];
         if (piece.k_begin > k_begin || piece.k_end < k_end) continue;
         if (k_begin >= k_end || outer_count <= 0) break;
-        const char* from = place_of(piece, batch, outer_begin, k_begin);
-        const std::int64_t first_k = k_begin - piece.k_begin;
+        const char* const from = place_of(piece, batch, outer_begin, k_begin);
+        const std::int64_t first_k = k_begin - piece.k_begin, count_k = k_end - k_begin;
         const char* const* const rows = piece.rows;
+        const std::int64_t outer_lines = (outer_count * size + 63) / 64, k_lines = (count_k * size + 63) / 64;
         if (piece.outer_stride == size)
             return {from,
                     piece.k_stride,
-                    k_end - k_begin,
-                    outer_count * size,
-                    0,
+                    count_k,
+                    outer_lines,
                     rows != nullptr ? rows + first_k : nullptr,
-                    outer_begin * size};
+                    outer_begin * size,
+                    0,
+                    0};
         if (piece.k_stride == size)
             return {from,
                     piece.outer_stride,
                     outer_count,
-                    (k_end - k_begin) * size,
-                    0,
+                    k_lines,
                     rows != nullptr ? rows + outer_begin : nullptr,
-                    first_k * size};
+                    first_k * size,
+                    0,
+                    0};
     }
     return nothing_ahead;
 }
 
-FIVEDP_INLINE std::int64_t lines(const Ahead& ahead) {
-    return ahead.rows_left * ((ahead.row_bytes + 63) / 64);
+FIVEDP_INLINE std::int64_t lines_of(const Ahead& ahead) {
+    return ahead.n_rows * ahead.row_lines;
 }
 
-FIVEDP_INLINE void fetch(Ahead& ahead, std::int64_t count) {
-    for (; count > 0 && ahead.rows_left > 0; --count) {
+// Moves `count` lines to the list: in the direction in which there are more of them, so that the runs are long.
+FIVEDP_INLINE void fetch(FetchList& list, Ahead& ahead, std::int64_t count) {
+    while (count > 0 && ahead.row < ahead.n_rows && ahead.line < ahead.row_lines) {
+        const bool down = ahead.rows == nullptr && ahead.row_lines < ahead.n_rows;
+        std::int64_t& at = down ? ahead.row : ahead.line;
+        const std::int64_t end = down ? ahead.n_rows : ahead.row_lines, left = end - at;
+        const char* const row =
+            ahead.rows != nullptr ? ahead.rows[ahead.row] + ahead.offset : ahead.first + ahead.row * ahead.row_stride;
         // The last byte of the line's worth: where rows are unaligned, its first part came with the neighbour before.
-        __builtin_prefetch(ahead.row + (ahead.at + 63 < ahead.row_bytes ? ahead.at + 63 : ahead.row_bytes - 1), 0, 2);
-        ahead.at += 64;
-        if (ahead.at >= ahead.row_bytes) {
-            ahead.at = 0;
-            --ahead.rows_left;
-            if (ahead.rows == nullptr)
-                ahead.row += ahead.row_stride;
-            else if (ahead.rows_left > 0)
-                ahead.row = *++ahead.rows + ahead.offset;
+        const std::int64_t taken =
+            add_run(list, row + ahead.line * 64 + 63, down ? ahead.row_stride : 64, left < count ? left : count);
+        if (taken == 0) return;
+        count -= taken;
+        at += taken;
+        if (at == end) {
+            at = 0;
+            ++(down ? ahead.line : ahead.row);
         }
     }
 }

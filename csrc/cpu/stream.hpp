@@ -99,48 +99,52 @@ FIVEDP_NOINLINE bool stream_block(const GemmProblem& problem, const BlockRange& 
     constexpr std::int64_t width = lanes<Acc>;
     const std::int64_t rows = range.m_end - range.m_begin, columns = range.n_end - range.n_begin;
     const std::int64_t row_length = (columns + width - 1) / width * width, slot_size = rows * row_length;
-    // Scratch: the current chain's sums, the local slots, the slots, the rows of A.
+    // Scratch: the current chain's sums, the slots of all kinds, the rows of A.
     Acc* const sums = (Acc*)scratch;
-    Acc* const locals = sums + slot_size;
-    Acc* const slots = locals + problem.n_local_slots * slot_size;
+    Acc* const tile_slots = sums + slot_size;
+    Acc* const strip_slots = tile_slots + problem.n_tile_slots * slot_size;
+    Acc* const slots = strip_slots + problem.n_strip_slots * slot_size;
     Unit* const packed_a = (Unit*)(slots + problem.n_slots * slot_size);
     const auto slot_of = [&](std::int8_t name) {
-        return name >= 0 ? slots + name * slot_size : locals + (first_local_slot - name) * slot_size;
+        if (name >= 0) return slots + name * slot_size;
+        return name > first_strip_slot ? tile_slots + (first_tile_slot - name) * slot_size
+                                       : strip_slots + (first_strip_slot - name) * slot_size;
     };
     const char* b_rows[k_block + 2];
 
-    for (std::int64_t p = 0; p < problem.n_passes; ++p) {
-        for (int i = 0; i < problem.passes[p].n_chains; ++i) {
-            const Chain& chain = problem.passes[p].chains[i];
-            pack_a<E>(problem.a, range.batch, range.m_begin, rows, chain.k_begin, chain.k_end, packed_a);
-            rows_of_b<E>(problem.b, range.batch, range.n_begin, chain.k_begin, chain.k_end, b_rows);
-            for (std::int64_t j = 0; j < slot_size; j += width) store(sums + j, V{});
-            // A few rows of B for all rows of A, so that B is read from memory once.
-            for (std::int64_t u = 0; u < chain.units; u += stream_depth) {
-                const std::int64_t units = chain.units - u < stream_depth ? chain.units - u : stream_depth;
-                for (std::int64_t row = 0; row < rows; row += stream_group)
-                    stream_any<E>((int)(rows - row < stream_group ? rows - row : stream_group),
-                                  packed_a + row * pass_units<E> + u, b_rows + E::unit_k * u, units, columns,
-                                  sums + row * row_length, row_length);
-            }
-            for (int o = 0; o < chain.n_open; ++o) {
-                const Acc* open = slot_of(chain.open[o]);
-                for (std::int64_t j = 0; j < slot_size; j += width)
-                    store(sums + j, load<V>(open + j) + load<V>(sums + j));
-            }
-            if (chain.to == to_c) {
-                for (std::int64_t r = 0; r < rows; ++r)
-                    finish_row_as<Acc>(problem.c.type, sums + r * row_length,
-                                       problem.c.data + range.batch * problem.c.batch_stride +
-                                           (range.m_begin + r) * problem.c.row_stride +
-                                           range.n_begin * problem.c.col_stride,
-                                       problem.c.col_stride, columns, problem.alpha, problem.beta);
-            } else {
-                Acc* const to = slot_of(chain.to);
-                for (std::int64_t j = 0; j < slot_size; j += width) store(to + j, load<V>(sums + j));
-            }
-            if (!poll.call(poll.context)) return false;
+    // The chains of all rounds lie one after the other.
+    const Chain* const first = problem.rounds[0].passes[0].chains;
+    const Round& last_round = problem.rounds[problem.n_rounds - 1];
+    const Pass& last_pass = last_round.passes[last_round.n_passes - 1];
+    for (const Chain* at = first; at != last_pass.chains + last_pass.n_chains; ++at) {
+        const Chain& chain = *at;
+        pack_a<E>(problem.a, range.batch, range.m_begin, rows, chain.k_begin, chain.k_end, packed_a);
+        rows_of_b<E>(problem.b, range.batch, range.n_begin, chain.k_begin, chain.k_end, b_rows);
+        for (std::int64_t j = 0; j < slot_size; j += width) store(sums + j, V{});
+        // A few rows of B for all rows of A, so that B is read from memory once.
+        for (std::int64_t u = 0; u < chain.units; u += stream_depth) {
+            const std::int64_t units = chain.units - u < stream_depth ? chain.units - u : stream_depth;
+            for (std::int64_t row = 0; row < rows; row += stream_group)
+                stream_any<E>((int)(rows - row < stream_group ? rows - row : stream_group),
+                              packed_a + row * pass_units<E> + u, b_rows + E::unit_k * u, units, columns,
+                              sums + row * row_length, row_length);
         }
+        for (int o = 0; o < chain.n_open; ++o) {
+            const Acc* open = slot_of(chain.open[o]);
+            for (std::int64_t j = 0; j < slot_size; j += width) store(sums + j, load<V>(open + j) + load<V>(sums + j));
+        }
+        if (chain.to == to_c) {
+            for (std::int64_t r = 0; r < rows; ++r)
+                finish_row_as<Acc>(problem.c.type, sums + r * row_length,
+                                   problem.c.data + range.batch * problem.c.batch_stride +
+                                       (range.m_begin + r) * problem.c.row_stride +
+                                       range.n_begin * problem.c.col_stride,
+                                   problem.c.col_stride, columns, problem.alpha, problem.beta);
+        } else {
+            Acc* const to = slot_of(chain.to);
+            for (std::int64_t j = 0; j < slot_size; j += width) store(to + j, load<V>(sums + j));
+        }
+        if (!poll.call(poll.context)) return false;
     }
     return true;
 }

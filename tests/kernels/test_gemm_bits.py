@@ -77,6 +77,20 @@ def test_bits_of_a_part_of_the_result_are_those_of_the_whole(rng: np.random.Gene
 
 
 @pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
+@pytest.mark.parametrize(("k", "n_shards"), [(5000, 3), (2500, 8), (900, 13), (3000, 40)], ids=str)
+def test_rows_of_a_high_product_have_the_bits_of_a_row_alone(
+    rng: np.random.Generator, dtype: Any, k: int, n_shards: int
+) -> None:
+    # So many rows are packed in several strips; a single row takes the way of few rows, with no strips at all.
+    m, n = 300, 400
+    a, b = draw(rng, (m, k), dtype), draw(rng, (k, n), dtype)
+    borders = [0, *sorted(int(cut) for cut in rng.integers(0, k + 1, n_shards - 1)), k]
+    whole = product(a, b, cuts=borders)
+    for row in (0, 62, 63, 134, 135, 270, 299, int(rng.integers(m))):
+        assert bits(product(a[row : row + 1], b, cuts=borders)) == bits(whole[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 4, 7, 50])
 def test_bits_do_not_depend_on_strides_or_pieces(rng: np.random.Generator, dtype: Any, m: int) -> None:
     for k in KS:

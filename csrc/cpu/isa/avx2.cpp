@@ -2,6 +2,7 @@
 #define FIVEDP_ISA avx2
 #define FIVEDP_VECTOR_BYTES 32
 #define FIVEDP_TILE_ROWS 6
+#define FIVEDP_TILE_VECTORS 2
 #define FIVEDP_ATTENTION_ROWS 6
 #define FIVEDP_ATTENTION_VECTORS 2
 #include "cpu/isa_kernels.hpp"
