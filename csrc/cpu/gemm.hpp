@@ -130,7 +130,10 @@ FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& ra
                     ahead_of(problem.a, size, range.batch, range.m_begin, rows < strip_height ? rows : strip_height,
                              problem.rounds[n_round + 1].k_begin, problem.rounds[n_round + 1].k_end);
             }
-            const std::int64_t a_lines = lines_of(next_a) / (strip_tiles * panels.count * round.n_passes) + 1;
+            // Several tiles' worth at a time, so that the list is seldom long and often empty.
+            constexpr std::int64_t a_tiles = 4;
+            const std::int64_t a_lines =
+                lines_of(next_a) / ((strip_tiles + a_tiles - 1) / a_tiles * panels.count * round.n_passes) + 1;
 
             for (std::int64_t panel = 0; panel < panels.count; ++panel) {
                 const std::int64_t column = panels.begin(panel), n_columns = panels.width(panel);
@@ -139,6 +142,7 @@ FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& ra
                 const Microkernel<E> full_tile = microkernel_for<E>((int)height, vectors);
                 for (int p = 0; p < round.n_passes; ++p) {
                     const Pass& pass = round.passes[p];
+                    const ChainSums<Acc>* const pass_sums = sums[p];
                     const bool last_pass = last_round && p + 1 == round.n_passes;
                     // A panel that no other strip will read need not be kept: the next one takes its place.
                     Unit* const b_panel = packed_b + (n_strips > 1 ? panel * problem.most_passes + p : 0) * panel_size;
@@ -169,7 +173,7 @@ FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& ra
                                         (range.n_begin + column) * problem.c.col_stride;
                         for (int i = 0; i < pass.n_chains; ++i) {
                             const Chain& chain = pass.chains[i];
-                            const ChainSums<Acc>& sum = sums[p][i];
+                            const ChainSums<Acc>& sum = pass_sums[i];
                             clear(fetches, chain.units);
                             open.count = sum.n_open;
                             for (int j = 0; j < open.count; ++j) {
@@ -181,7 +185,7 @@ FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& ra
                             if (sum.to.kind == of_block && (open.count == 0 || open.tile[open.count - 1] != to))
                                 add_run(fetches, to, 64, tile_lines);
                             if (last_pass && i == 0) add_run(fetches, c, problem.c.row_stride, n_rows);
-                            if (i == 0) fetch(fetches, next_a, a_lines);
+                            if (i == 0 && t % a_tiles == 0) fetch(fetches, next_a, a_lines);
                             fetch(fetches, next_b, b_lines);
                             multiply(a_rows + chain.unit_begin, b_panel + chain.unit_begin * width, chain.units, open,
                                      fetches, to);

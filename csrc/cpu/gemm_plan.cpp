@@ -16,8 +16,8 @@ std::int64_t round_up(std::int64_t a, std::int64_t b) {
 
 namespace {
 
-// Bytes of scratch per thread: open sums, a round's panels of B and its strip of A.
-constexpr std::int64_t scratch_limit = 8 * 1024 * 1024;
+// Scratch per thread, in elements of a sum: open sums, a round's panels of B and its strip of A.
+constexpr std::int64_t scratch_elements = 2 * 1024 * 1024;
 constexpr std::int64_t widest_block = 1024, highest_block = 1536;
 
 // Bytes of a block besides its slots, and with them.
@@ -60,7 +60,7 @@ void plan_blocks(GemmRequest& request, const GemmKernel& kernel, int threads, st
     // B's panels and the slots of a block as high as wide share the scratch.
     std::int64_t wide = widest_block, tall = 0;
     for (;; wide /= 2) {
-        tall = (scratch_limit - fixed_bytes(problem, kernel, highest_block, wide)) /
+        tall = (scratch_elements * kernel.accumulator_size - fixed_bytes(problem, kernel, highest_block, wide)) /
                (std::max(problem.n_slots, 1) * wide * kernel.accumulator_size);
         if (tall >= wide || wide <= 4 * kernel.tile_n) break;
     }

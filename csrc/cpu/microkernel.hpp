@@ -75,7 +75,7 @@ struct FetchList {
         const char* first;
         std::int64_t stride, count;
     };
-    static constexpr int most_runs = 32;
+    static constexpr int most_runs = 32, few_lines = 9;
     int n_runs;
     std::int64_t room;  // lines for which there is time
     Run runs[most_runs];
@@ -86,11 +86,14 @@ FIVEDP_INLINE void clear(FetchList& list, std::int64_t units) {
     list.room = units / 2;
 }
 
-// Returns how many lines there was room for.
+// Returns how many lines there was room for. A few lines are fetched at once: a run of its own would cost more.
 FIVEDP_INLINE std::int64_t add_run(FetchList& list, const void* first, std::int64_t stride, std::int64_t count) {
-    if (list.n_runs == FetchList::most_runs) return 0;
     if (count > list.room) count = list.room;
-    if (count <= 0) return 0;
+    if (count <= FetchList::few_lines) {
+        for (std::int64_t i = 0; i < count; ++i) __builtin_prefetch((const char*)first + i * stride, 0, 2);
+        return count > 0 ? count : 0;
+    }
+    if (list.n_runs == FetchList::most_runs) return 0;
     list.runs[list.n_runs++] = {(const char*)first, stride, count};
     list.room -= count;
     return count;

@@ -341,10 +341,12 @@ FIVEDP_INLINE std::int64_t lines_of(const Ahead& ahead) {
     return ahead.n_rows * ahead.row_lines;
 }
 
-// Moves `count` lines to the list: in the direction in which there are more of them, so that the runs are long.
+// Moves `count` lines to the list: row by row, but where rows are a few lines long down the rows, so that runs are
+// long.
+static constexpr std::int64_t most_lines_across = 4;
 FIVEDP_INLINE void fetch(FetchList& list, Ahead& ahead, std::int64_t count) {
     while (count > 0 && ahead.row < ahead.n_rows && ahead.line < ahead.row_lines) {
-        const bool down = ahead.rows == nullptr && ahead.row_lines < ahead.n_rows;
+        const bool down = ahead.rows == nullptr && ahead.row_lines <= most_lines_across;
         std::int64_t& at = down ? ahead.row : ahead.line;
         const std::int64_t end = down ? ahead.n_rows : ahead.row_lines, left = end - at;
         const char* const row =
