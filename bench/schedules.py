@@ -5,18 +5,22 @@
 
 `regret` draws a spec, sizes and a type, runs every candidate once, and alternates the chosen one with the three that
 looked fastest. `decode` forces SUMMA with C in place (both inputs travel, as ScaLAPACK's and pylops-mpi's products do)
-on the same near-square grid and the same shares. The result of every schedule is checked before its time counts.
+on the same near-square grid and the same shares: once as a schedule of fivedp's own, which on one node reads shares of
+others in place and copies nothing, and once as textbooks have it, with broadcasts. The result of every one is checked
+before its time counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import datetime
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,10 @@ from mpi4py import MPI  # noqa: E402
 from fivedp.bench import agree, environment, measure, operands  # noqa: E402
 from fivedp.bench.cases import gemm as cases  # noqa: E402
 from fivedp.bench.check import product as check_product  # noqa: E402
-from fivedp.bench.pieces import matrix  # noqa: E402
+from fivedp.bench.pieces import matrix, span  # noqa: E402
 from fivedp.bench.trials import gemm as products  # noqa: E402
 from fivedp.comm.grid import grid_of, resolve_axes  # noqa: E402
+from fivedp.kernels import gemm  # noqa: E402
 from fivedp.layout.plan import Plan  # noqa: E402
 from fivedp.layout.spec import parse_product  # noqa: E402
 from fivedp.ops.execution import Execution  # noqa: E402
@@ -43,19 +48,14 @@ MOST_CANDIDATES = 40  # grids of three axes have hundreds; the cheapest in bytes
 
 
 class Contestant:
-    """One schedule of a product, made ready once, as the library makes it ready once and keeps it."""
+    """A way to compute a product."""
 
-    def __init__(self, product: products.Product, plan: Plan) -> None:
-        grid = grid_of(product.grid.mesh)
-        axes = resolve_axes(grid.names, parse_product(product.case.strategy.spec).axes)
-        self.execution = Execution(plan, grid.group(axes))
-        self.product, self.plan = product, plan
-        self.wire = operands.accumulator_of(product.c.dtype)
+    def __init__(self, product: products.Product) -> None:
+        self.product = product
 
     def run(self) -> None:
         """Multiply."""
-        x = self.product
-        self.execution.run(x.a, x.b, x.c, 1.0, 0.0, self.wire, np, "ran a schedule")
+        raise NotImplementedError
 
     def seconds(self) -> float:
         """Time of one run: that of the slowest rank."""
@@ -67,13 +67,62 @@ class Contestant:
     def right(self, seed: int) -> bool:
         """Whether the product is right."""
         x = self.product
-        x.c.fill(0)
+        x.c.fill(np.nan)
         self.run()
         result = matrix(x.c, x.where)
         return not check_product(COMM, x.matrix_a, x.matrix_b, result, seed, x.case.k).wrong
 
 
-def alternate(one: Contestant, others: list[Contestant], rounds: int) -> list[list[float]]:
+class Scheduled(Contestant):
+    """One schedule, made ready once, as the library makes it ready once and keeps it."""
+
+    def __init__(self, product: products.Product, plan: Plan) -> None:
+        super().__init__(product)
+        grid = grid_of(product.grid.mesh)
+        axes = resolve_axes(grid.names, parse_product(product.case.strategy.spec).axes)
+        self.execution, self.plan = Execution(plan, grid.group(axes)), plan
+        self.wire = operands.accumulator_of(product.c.dtype)
+
+    def run(self) -> None:
+        """Multiply."""
+        x = self.product
+        self.execution.run(x.a, x.b, x.c, 1.0, 0.0, self.wire, np, "ran a schedule")
+
+
+class Broadcasts(Contestant):
+    """SUMMA of van de Geijn and Watts (1997) on r x c ranks, C in place.
+
+    Panels of A are broadcast along the rows of the grid, panels of B along its columns, by MPI_Bcast. k is cut where
+    the shares of A or of B are. The local products are fivedp's.
+    """
+
+    def __init__(self, product: products.Product) -> None:
+        super().__init__(product)
+        grid, k = product.grid, product.case.k
+        self.along_row = COMM.Split(grid.coords["r"], grid.coords["c"])
+        self.along_column = COMM.Split(grid.coords["c"], grid.coords["r"])
+        cuts = {name: [span(k, grid.shape[name], part).start for part in range(grid.shape[name])] for name in "rc"}
+        borders = sorted({*cuts["r"], *cuts["c"], k})
+        self.panels = []
+        for begin, end in itertools.pairwise(borders):
+            of_a, of_b = (bisect.bisect_right(cuts[name], begin) - 1 for name in "cr")
+            in_a, in_b = (slice(begin - cut, end - cut) for cut in (cuts["c"][of_a], cuts["r"][of_b]))
+            self.panels.append((end - begin, of_a, in_a, of_b, in_b))
+
+    def run(self) -> None:
+        """Multiply."""
+        x = self.product
+        rows, columns = x.c.shape
+        for number, (depth, of_a, in_a, of_b, in_b) in enumerate(self.panels):
+            mine_a, mine_b = of_a == self.along_row.rank, of_b == self.along_column.rank
+            a = np.ascontiguousarray(x.a[:, in_a]) if mine_a else np.empty((rows, depth), x.a.dtype)
+            b = x.b[in_b] if mine_b else np.empty((depth, columns), x.b.dtype)
+            self.along_row.Bcast(a, of_a)
+            self.along_column.Bcast(b, of_b)
+            gemm.gemm(a, b, x.c, beta=float(number > 0))
+
+
+def alternate(one: Contestant, others: Sequence[Contestant], rounds: int) -> list[list[float]]:
     """Per other, the ratios of its time over that of `one`, from rounds in which all run."""
     ratios: list[list[float]] = [[] for _ in others]
     for turn in range(rounds):
@@ -108,11 +157,11 @@ def regret(count: int, rounds: int, seed: int) -> list[dict[str, Any]]:
         case = drawn(draw, COMM.size)
         product = products.Product(case, bench.grid(case.strategy), seed)
         plans = products.plans(parse_product(case.strategy.spec), case, product.grid, "tree")
-        chosen = Contestant(product, plans[0])
+        chosen = Scheduled(product, plans[0])
         chosen.run()
         trials = []
         for plan in plans[1:MOST_CANDIDATES]:
-            contestant = Contestant(product, plan)
+            contestant = Scheduled(product, plan)
             contestant.run()
             trials.append((contestant.seconds(), contestant))
         trials.sort(key=lambda trial: trial[0])
@@ -151,16 +200,18 @@ def decode(rounds: int, seed: int) -> list[dict[str, Any]]:
             textbook = next(
                 p for p in plans if p.assignment.axes_of("m") == ("r",) and p.assignment.axes_of("n") == ("c",)
             )
-            ours, theirs = Contestant(product, plans[0]), Contestant(product, textbook)
-            if not (ours.right(seed) and theirs.right(seed)):
+            ours, in_place, broadcasts = Scheduled(product, plans[0]), Scheduled(product, textbook), Broadcasts(product)
+            if not all(way.right(seed) for way in (ours, in_place, broadcasts)):
                 found.append(aim(f"{layer.name}, {tokens} tokens: WRONG", 0, 1, ""))
                 continue
-            ratios = sorted(alternate(ours, [theirs], rounds)[0])
-            fewer = theirs.plan.bytes_total / ours.plan.bytes_total
+            ratios = alternate(ours, [in_place, broadcasts], rounds)
+            fewer = in_place.plan.bytes_total / ours.plan.bytes_total
             title = f"{layer.name}, {tokens} token{'s' * (tokens > 1)}"
             found.append(aim(f"{title}: bytes of SUMMA over ours", fewer, 10, "times"))
-            found.append(aim(f"{title}: time of SUMMA over ours", statistics.median(ratios), 3, "times", ratios))
-            say(f"{title}: {fewer:.0f} times fewer bytes, {statistics.median(ratios):.1f} times as fast")
+            for what, samples in zip(("SUMMA in place", "SUMMA by broadcasts"), ratios, strict=True):
+                found.append(aim(f"{title}: time of {what} over ours", statistics.median(samples), 3, "times", samples))
+            faster = " and ".join(f"{statistics.median(samples):.1f}" for samples in ratios)
+            say(f"{title}: {fewer:.0f} times fewer bytes, {faster} times as fast as SUMMA in place and by broadcasts")
     return found
 
 
@@ -187,8 +238,6 @@ def main() -> int:
     options = parser.parse_args()
     given = np.random.default_rng().integers(2**31) if options.seed is None else options.seed
     seed = int(agree.largest(COMM, float(given))[0])
-    from fivedp.kernels import gemm
-
     gemm.set_threads(1)
     say(f"{options.study}, {COMM.size} ranks, seed {seed}")
     studies: dict[str, Callable[[], list[dict[str, Any]]]] = {

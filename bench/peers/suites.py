@@ -94,8 +94,9 @@ def threads(sizes: tuple[int, ...] = (1024, 2048, 4096)) -> list[Contest]:
     for size in sizes:
         narrow = size if has_bfloat16() else min(size, 512)
         contests += [
-            Contest(f"f32, one thread, n = {size}", Product(size, size, size, "float32"),
-                    (own, Entry("numpy", 1, 1, wanted=0.95), Entry("torch", 1, 1))),
+            *(Contest(f"{short}, one thread, n = {size}", Product(size, size, size, dtype),
+                      (own, Entry("numpy", 1, 1, wanted=0.95), Entry("torch", 1, 1)))
+              for short, dtype in (("f32", "float32"), ("f64", "float64"))),
             Contest(f"bf16, one thread, n = {narrow}", Product(narrow, narrow, narrow, "bfloat16"),
                     (own, Entry("torch", 1, 1, wanted=0.95))),
         ]  # fmt: skip

@@ -3,7 +3,7 @@
 //     for each round:                                      # some passes of the sum: see cpu/sum_plan.hpp
 //         for each strip of rows of the block:             # packed A: a quarter of the L2 cache
 //             for each panel of columns:
-//                 for each pass of the round:              # packed B: half of the L1 cache, kept for the next strips
+//                 for each pass of the round:              # packed B, kept for the next strips
 //                     for each tile of rows:
 //                         for each chain of the pass: microkernel
 //
