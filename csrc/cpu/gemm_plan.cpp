@@ -20,10 +20,15 @@ namespace {
 constexpr std::int64_t scratch_elements = 2 * 1024 * 1024;
 constexpr std::int64_t widest_block = 1024, highest_block = 1536;
 
+// Bytes of a row of A or a column of B, packed for a round.
+std::int64_t packed_row_bytes(const GemmProblem& problem, const GemmKernel& kernel) {
+    return problem.most_passes * kernel.pass_units * kernel.unit_size;
+}
+
 // Bytes of a block besides its slots, and with them.
 std::int64_t fixed_bytes(const GemmProblem& problem, const GemmKernel& kernel, std::int64_t block_m,
                          std::int64_t block_n) {
-    const std::int64_t row_bytes = problem.most_passes * kernel.pass_units * kernel.unit_size;
+    const std::int64_t row_bytes = packed_row_bytes(problem, kernel);
     const std::int64_t strip = std::min(round_up(block_m, kernel.tile_m), problem.strip_rows);
     return ((1 + problem.n_tile_slots) * kernel.tile_m + problem.n_strip_slots * strip) * kernel.tile_n *
                kernel.accumulator_size +
@@ -46,7 +51,7 @@ bool can_stream(const GemmRequest& request, const GemmKernel& kernel) {
 void plan_blocks(GemmRequest& request, const GemmKernel& kernel, int threads, std::int64_t columns_beside) {
     GemmProblem& problem = request.problem;
     const std::int64_t m = request.m, n = request.n, batch = problem.c.batch;
-    const std::int64_t row_bytes = problem.most_passes * kernel.pass_units * kernel.unit_size;
+    const std::int64_t row_bytes = packed_row_bytes(problem, kernel);
     problem.strip_rows = std::max<std::int64_t>(kernel.strip_bytes / row_bytes / kernel.tile_m, 1) * kernel.tile_m;
     problem.stream = can_stream(request, kernel);
     if (problem.stream) {

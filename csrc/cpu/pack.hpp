@@ -341,9 +341,10 @@ FIVEDP_INLINE std::int64_t lines_of(const Ahead& ahead) {
     return ahead.n_rows * ahead.row_lines;
 }
 
-// Moves `count` lines to the list: row by row, but where rows are a few lines long down the rows, so that runs are
-// long.
+// Rows of so few lines are fetched down the rows, line by line, so that runs are long; others row by row.
 static constexpr std::int64_t most_lines_across = 4;
+
+// Moves `count` lines to the list.
 FIVEDP_INLINE void fetch(FetchList& list, Ahead& ahead, std::int64_t count) {
     while (count > 0 && ahead.row < ahead.n_rows && ahead.line < ahead.row_lines) {
         const bool down = ahead.rows == nullptr && ahead.row_lines <= most_lines_across;
