@@ -49,3 +49,17 @@ FIVEDP_INLINE void finish_row_as(ElementType type, const T* sums, char* c, std::
         finish_row<T, float>(sums, c, stride, n, static_cast<T>(alpha), static_cast<T>(beta));
     }
 }
+
+// A tile of sums into C. The loops over rows as long as a tile's widest know their length.
+template <class T>
+FIVEDP_INLINE void finish_tile(const GemmProblem& problem, const T* sums, std::int64_t width, char* c,
+                               std::int64_t n_rows, std::int64_t n_columns) {
+    constexpr std::int64_t widest = FIVEDP_TILE_VECTORS * lanes<T>;
+    const ArrayView& view = problem.c;
+    for (std::int64_t r = 0; r < n_rows; ++r, c += view.row_stride, sums += width) {
+        if (n_columns == widest)
+            finish_row_as<T>(view.type, sums, c, view.col_stride, widest, problem.alpha, problem.beta);
+        else
+            finish_row_as<T>(view.type, sums, c, view.col_stride, n_columns, problem.alpha, problem.beta);
+    }
+}

@@ -8,8 +8,9 @@
 //                         for each chain of the pass: microkernel
 //
 // Sums that stay open lie in slots, tile after tile in the order of their use: those that a later pass takes up in the
-// L2 cache, the others, between rounds, in memory. C is written once, by the last chain. What a later strip or panel
-// will need is fetched a few lines at a time while tiles are computed.
+// L2 cache, the others, between rounds, in memory. C is written once, after the last chain: by the microkernel itself
+// where C is laid out for that. What a later strip or panel will need is fetched a few lines at a time while tiles are
+// computed.
 
 template <class E>
 FIVEDP_INLINE void pack_pass_a(const GemmProblem& problem, const Pass& pass, std::int64_t batch, std::int64_t row,
@@ -57,146 +58,205 @@ FIVEDP_INLINE Panels<Acc> panels_of(std::int64_t columns) {
     return {columns, vectors, (vectors + tile_vectors - 1) / tile_vectors};
 }
 
-// The sums of a chain and where its own goes: the place of the first tile, and the kind of slot.
-enum SlotKind { of_tile, of_strip, of_block };
+// A block of C: how it is cut, and where its sums and its packed operands lie in the scratch memory.
+//
+// Tiles and strips are of equal height: a last tile of a row or two would cost nearly as much as a whole one, and a
+// last strip of few rows would read all of packed B for them.
+template <class E>
+struct Block {
+    using Acc = typename E::Acc;
+    using Unit = typename E::Unit;
+    static constexpr std::int64_t tile_size = tile_rows * tile_columns<Acc>;
+    static constexpr std::int64_t panel_size = tile_columns<Acc> * pass_units<E>;
+
+    const GemmProblem& problem;
+    const BlockRange& range;
+    std::int64_t rows;
+    Panels<Acc> panels;
+    std::int64_t n_tiles, tile_height, n_strips, strip_tiles, strip_height;
+    std::int64_t slot_size, strip_slot_size;
+    Acc *tile, *strip_slots, *slots;
+    Unit *packed_b, *packed_a;
+    bool writes_c;  // the microkernel may: C's elements are sums as they are, side by side
+
+    Block(const GemmProblem& a_problem, const BlockRange& a_range, char* scratch)
+        : problem(a_problem), range(a_range), rows(a_range.m_end - a_range.m_begin) {
+        panels = panels_of<Acc>(range.n_end - range.n_begin);
+        n_tiles = (rows + tile_rows - 1) / tile_rows;
+        tile_height = (rows + n_tiles - 1) / n_tiles;
+        const std::int64_t most_tiles = problem.strip_rows / tile_rows;
+        n_strips = (n_tiles + most_tiles - 1) / most_tiles;
+        strip_tiles = (n_tiles + n_strips - 1) / n_strips;
+        strip_height = strip_tiles * tile_height;
+        slot_size = n_tiles * panels.count * tile_size;
+        strip_slot_size = strip_tiles * tile_size;
+        tile = (Acc*)scratch;
+        strip_slots = tile + (1 + problem.n_tile_slots) * tile_size;
+        slots = strip_slots + problem.n_strip_slots * strip_slot_size;
+        packed_b = (Unit*)(slots + problem.n_slots * slot_size);
+        packed_a = packed_b + panels.count * problem.most_passes * panel_size;
+        writes_c = problem.alpha == 1 && problem.beta == 0 && problem.c.col_stride == (std::int64_t)sizeof(Acc) &&
+                   problem.c.type == (sizeof(Acc) == 8 ? ElementType::f64 : ElementType::f32);
+    }
+
+    std::int64_t strip_rows(std::int64_t strip) const {
+        return rows - strip * strip_height < strip_height ? rows - strip * strip_height : strip_height;
+    }
+    int vectors(std::int64_t panel) const { return (int)(panels.first_vector(panel + 1) - panels.first_vector(panel)); }
+    Unit* strip_of(int pass) const { return packed_a + pass * strip_height * pass_units<E>; }
+    // A panel that no other strip will read need not be kept: the next one takes its place.
+    Unit* panel_of(std::int64_t panel, int pass) const {
+        return packed_b + (n_strips > 1 ? panel * problem.most_passes + pass : 0) * panel_size;
+    }
+    char* place_in_c(std::int64_t row, std::int64_t column) const {
+        return problem.c.data + range.batch * problem.c.batch_stride + (range.m_begin + row) * problem.c.row_stride +
+               (range.n_begin + column) * problem.c.col_stride;
+    }
+};
+
+// A sum that waits: where it lies for the tile at hand, how far it is to the next tile's, and whether that is so far
+// away that it has to be fetched.
 template <class Acc>
-struct ChainSums {
-    struct Place {
-        Acc* first;
-        SlotKind kind;
-    };
-    int n_open;
-    Place open[max_tree_depth + 2], to;
+struct Waiting {
+    Acc* at;
+    std::int64_t step;
+    bool far;
+};
+
+// Those that the chains of a pass take up, chain after chain, and those that they leave. Each is taken up once, so
+// there are no more than were open before the pass and what its chains leave.
+template <class Acc>
+struct PassSums {
+    Waiting<Acc> open[max_tree_depth + 2 + max_chains_per_pass], to[max_chains_per_pass];
 };
 
 template <class E>
-FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& range, char* scratch, const Poll& poll) {
-    using Acc = typename E::Acc;
-    using Unit = typename E::Unit;
-    constexpr std::int64_t tile_size = tile_rows * tile_columns<Acc>, tile_lines = tile_size * sizeof(Acc) / 64;
-    constexpr std::int64_t size = sizeof(typename E::Source), panel_size = tile_columns<Acc> * pass_units<E>;
-    const std::int64_t rows = range.m_end - range.m_begin;
-    const Panels<Acc> panels = panels_of<Acc>(range.n_end - range.n_begin);
-    // Tiles and strips of equal height: a last tile of a row or two would cost nearly as much as a whole one, and a
-    // last strip of few rows would read all of packed B for them.
-    const std::int64_t tiles_m = (rows + tile_rows - 1) / tile_rows, most_tiles = problem.strip_rows / tile_rows;
-    const std::int64_t height = (rows + tiles_m - 1) / tiles_m;
-    const std::int64_t n_strips = (tiles_m + most_tiles - 1) / most_tiles;
-    const std::int64_t tiles_a_strip = (tiles_m + n_strips - 1) / n_strips, strip_height = tiles_a_strip * height;
-    const std::int64_t slot_size = tiles_m * panels.count * tile_size, strip_slot_size = tiles_a_strip * tile_size;
-    // Scratch: the tile and its slots, a strip's slots, the slots, B's panels, a strip of A.
-    Acc* const tile = (Acc*)scratch;
-    Acc* const strip_slots = tile + (1 + problem.n_tile_slots) * tile_size;
-    Acc* const slots = strip_slots + problem.n_strip_slots * strip_slot_size;
-    Unit* const packed_b = (Unit*)(slots + problem.n_slots * slot_size);
-    Unit* const packed_a = packed_b + panels.count * problem.most_passes * panel_size;
-    const std::int64_t strip_size = strip_height * pass_units<E>;
-    using Place = typename ChainSums<Acc>::Place;
-    const auto place_of_slot = [&](std::int8_t name) -> Place {
-        if (name >= 0) return {slots + name * slot_size, of_block};
-        if (name == to_c) return {tile, of_tile};
-        if (name > first_strip_slot) return {tile + (1 + first_tile_slot - name) * tile_size, of_tile};
-        return {strip_slots + (first_strip_slot - name) * strip_slot_size, of_strip};
-    };
-    ChainSums<Acc> sums[FIVEDP_ROUND_PASSES][max_chains_per_pass];
-    OpenSums<Acc> open;
-    FetchList fetches;
+FIVEDP_INLINE Waiting<typename E::Acc> slot_of(const Block<E>& block, std::int8_t name, std::int64_t strip,
+                                               std::int64_t panel) {
+    constexpr std::int64_t size = Block<E>::tile_size;
+    if (name >= 0)
+        return {block.slots + name * block.slot_size + (panel * block.n_tiles + strip * block.strip_tiles) * size, size,
+                true};
+    if (name == to_c) return {block.tile, 0, false};
+    if (name > first_strip_slot) return {block.tile + (1 + first_tile_slot - name) * size, 0, false};
+    return {block.strip_slots + (first_strip_slot - name) * block.strip_slot_size, size, false};
+}
 
+// What is packed next, and how many of its lines are fetched at a time.
+struct Fetching {
+    Ahead ahead;
+    std::int64_t lines;
+};
+
+// The strip that comes next is fetched while this one is multiplied, several tiles' worth at a time, so that the list
+// is seldom long and often empty.
+static constexpr std::int64_t tiles_a_fetch = 4;
+template <class E>
+FIVEDP_INLINE Fetching strip_ahead(const Block<E>& block, std::int64_t n_round, std::int64_t strip) {
+    const bool last = strip + 1 == block.n_strips;
+    if (last && n_round + 1 == block.problem.n_rounds) return {nothing_ahead, 0};
+    const Round &round = block.problem.rounds[n_round], &next_round = block.problem.rounds[n_round + (last ? 1 : 0)];
+    const std::int64_t next = last ? 0 : strip + 1;
+    const Ahead ahead = ahead_of(block.problem.a, sizeof(typename E::Source), block.range.batch,
+                                 block.range.m_begin + next * block.strip_height, block.strip_rows(next),
+                                 next_round.k_begin, next_round.k_end);
+    const std::int64_t times = (block.strip_tiles + tiles_a_fetch - 1) / tiles_a_fetch * block.panels.count;
+    return {ahead, lines_of(ahead) / (times * round.n_passes) + 1};
+}
+
+// The panel that comes next, while B is packed.
+template <class E>
+FIVEDP_INLINE Fetching panel_ahead(const Block<E>& block, const Round& round, std::int64_t strip, std::int64_t panel,
+                                   int p) {
+    const bool last_pass = p + 1 == round.n_passes;
+    if (strip > 0 || (last_pass && panel + 1 == block.panels.count)) return {nothing_ahead, 0};
+    const Pass& next_pass = round.passes[last_pass ? 0 : p + 1];
+    const std::int64_t next = last_pass ? panel + 1 : panel;
+    const Ahead ahead = ahead_of(block.problem.b, sizeof(typename E::Source), block.range.batch,
+                                 block.range.n_begin + block.panels.begin(next), block.panels.width(next),
+                                 next_pass.k_begin, next_pass.k_end);
+    return {ahead, lines_of(ahead) / (block.strip_tiles * round.passes[p].n_chains) + 1};
+}
+
+// The tiles of a strip in a panel, over the chains of a pass.
+template <class E>
+FIVEDP_INLINE void multiply_pass(const Block<E>& block, const Pass& pass, bool last_pass, std::int64_t strip,
+                                 std::int64_t panel, const typename E::Unit* a, const typename E::Unit* b,
+                                 Fetching& next_a, Fetching& next_b) {
+    using Acc = typename E::Acc;
+    constexpr std::int64_t tile_lines = Block<E>::tile_size * sizeof(Acc) / 64;
+    const std::int64_t height = block.tile_height, rows = block.strip_rows(strip);
+    const std::int64_t column = block.panels.begin(panel), n_columns = block.panels.width(panel);
+    const int vectors = block.vectors(panel);
+    const std::int64_t width = vectors * lanes<Acc>, row_stride = block.problem.c.row_stride;
+    const bool writes_c = block.writes_c && n_columns == width;
+    const Microkernel<E> full_tile = microkernel_for<E>((int)height, vectors);
+
+    PassSums<Acc> sums;
+    Waiting<Acc>* open = sums.open;
+    for (int i = 0; i < pass.n_chains; ++i) {
+        const Chain& chain = pass.chains[i];
+        for (int j = 0; j < chain.n_open; ++j) *open++ = slot_of(block, chain.open[j], strip, panel);
+        sums.to[i] = slot_of(block, chain.to, strip, panel);
+        // What the chain takes up from the same place is fetched for that.
+        for (int j = 0; j < chain.n_open; ++j) sums.to[i].far &= chain.open[j] != chain.to;
+    }
+
+    FetchList fetches;
+    OpenSums<Acc> taken;
+    for (std::int64_t row = 0, t = 0; row < rows; row += height, ++t, a += height * pass_units<E>) {
+        const std::int64_t n_rows = rows - row < height ? rows - row : height;
+        const Microkernel<E> multiply = n_rows == height ? full_tile : microkernel_for<E>((int)n_rows, vectors);
+        char* const c = block.place_in_c(strip * block.strip_height + row, column);
+        open = sums.open;
+        for (int i = 0; i < pass.n_chains; ++i) {
+            const Chain& chain = pass.chains[i];
+            clear(fetches, chain.units);
+            taken.count = chain.n_open;
+            for (int j = 0; j < chain.n_open; ++j, ++open) {
+                taken.tile[j] = open->at;
+                if (open->far) add_run(fetches, open->at, 64, tile_lines);
+                open->at += open->step;
+            }
+            Waiting<Acc>& left = sums.to[i];
+            SumTarget to = {(char*)left.at, width * (std::int64_t)sizeof(Acc)};
+            if (left.far) add_run(fetches, left.at, 64, tile_lines);
+            left.at += left.step;
+            if (last_pass && i + 1 == pass.n_chains && writes_c) to = {c, row_stride};
+            if (i == 0) {
+                if (last_pass) add_run(fetches, c, row_stride, n_rows);
+                if (t % tiles_a_fetch == 0) fetch(fetches, next_a.ahead, next_a.lines);
+            }
+            fetch(fetches, next_b.ahead, next_b.lines);
+            multiply(a + chain.unit_begin, b + chain.unit_begin * width, chain.units, taken, fetches, to);
+        }
+        if (last_pass && !writes_c) finish_tile(block.problem, block.tile, width, c, n_rows, n_columns);
+    }
+}
+
+template <class E>
+FIVEDP_NOINLINE bool gemm_block(const GemmProblem& problem, const BlockRange& range, char* scratch, const Poll& poll) {
+    const Block<E> block(problem, range, scratch);
     for (std::int64_t n_round = 0; n_round < problem.n_rounds; ++n_round) {
         const Round& round = problem.rounds[n_round];
-        const bool last_round = n_round + 1 == problem.n_rounds;
-        for (int p = 0; p < round.n_passes; ++p) {
-            for (int i = 0; i < round.passes[p].n_chains; ++i) {
-                const Chain& chain = round.passes[p].chains[i];
-                sums[p][i].n_open = chain.n_open;
-                for (int j = 0; j < chain.n_open; ++j) sums[p][i].open[j] = place_of_slot(chain.open[j]);
-                sums[p][i].to = place_of_slot(chain.to);
-            }
-        }
-        for (std::int64_t strip = 0; strip < rows; strip += strip_height) {
-            const std::int64_t strip_end = strip + strip_height < rows ? strip + strip_height : rows;
-            const std::int64_t strip_tile = strip / height, strip_tiles = (strip_end - strip + height - 1) / height;
+        for (std::int64_t strip = 0; strip < block.n_strips; ++strip) {
             for (int p = 0; p < round.n_passes; ++p)
-                pack_pass_a<E>(problem, round.passes[p], range.batch, range.m_begin + strip, strip_end - strip,
-                               packed_a + p * strip_size);
-            // The strip that comes next is fetched while this one is multiplied.
-            Ahead next_a = nothing_ahead;
-            if (strip_end < rows) {
-                const std::int64_t next_rows = rows - strip_end < strip_height ? rows - strip_end : strip_height;
-                next_a = ahead_of(problem.a, size, range.batch, range.m_begin + strip_end, next_rows, round.k_begin,
-                                  round.k_end);
-            } else if (!last_round) {
-                next_a =
-                    ahead_of(problem.a, size, range.batch, range.m_begin, rows < strip_height ? rows : strip_height,
-                             problem.rounds[n_round + 1].k_begin, problem.rounds[n_round + 1].k_end);
-            }
-            // Several tiles' worth at a time, so that the list is seldom long and often empty.
-            constexpr std::int64_t a_tiles = 4;
-            const std::int64_t a_lines =
-                lines_of(next_a) / ((strip_tiles + a_tiles - 1) / a_tiles * panels.count * round.n_passes) + 1;
-
-            for (std::int64_t panel = 0; panel < panels.count; ++panel) {
-                const std::int64_t column = panels.begin(panel), n_columns = panels.width(panel);
-                const int vectors = (int)(panels.first_vector(panel + 1) - panels.first_vector(panel));
-                const std::int64_t width = vectors * lanes<Acc>;
-                const Microkernel<E> full_tile = microkernel_for<E>((int)height, vectors);
+                pack_pass_a<E>(problem, round.passes[p], range.batch, range.m_begin + strip * block.strip_height,
+                               block.strip_rows(strip), block.strip_of(p));
+            Fetching next_a = strip_ahead(block, n_round, strip);
+            for (std::int64_t panel = 0; panel < block.panels.count; ++panel) {
                 for (int p = 0; p < round.n_passes; ++p) {
                     const Pass& pass = round.passes[p];
-                    const ChainSums<Acc>* const pass_sums = sums[p];
-                    const bool last_pass = last_round && p + 1 == round.n_passes;
-                    // A panel that no other strip will read need not be kept: the next one takes its place.
-                    Unit* const b_panel = packed_b + (n_strips > 1 ? panel * problem.most_passes + p : 0) * panel_size;
-                    Ahead next_b = nothing_ahead;
-                    if (strip == 0) {
-                        // Just before its first use, so that it is still in a near cache.
-                        pack_panel<E>(vectors, problem, pass, range.batch, range.n_begin + column, n_columns, b_panel);
-                        if (p + 1 < round.n_passes)
-                            next_b = ahead_of(problem.b, size, range.batch, range.n_begin + column, n_columns,
-                                              round.passes[p + 1].k_begin, round.passes[p + 1].k_end);
-                        else if (panel + 1 < panels.count)
-                            next_b = ahead_of(problem.b, size, range.batch, range.n_begin + panels.begin(panel + 1),
-                                              panels.width(panel + 1), round.passes[0].k_begin, round.passes[0].k_end);
-                    }
-                    const std::int64_t b_lines = lines_of(next_b) / (strip_tiles * pass.n_chains) + 1;
-
-                    for (std::int64_t t = 0; t < strip_tiles; ++t) {
-                        const std::int64_t row = strip + t * height;
-                        const std::int64_t n_rows = strip_end - row < height ? strip_end - row : height;
-                        const Microkernel<E> multiply =
-                            n_rows == height ? full_tile : microkernel_for<E>((int)n_rows, vectors);
-                        // By the kind of slot.
-                        const std::int64_t offsets[] = {0, t * tile_size,
-                                                        (panel * tiles_m + strip_tile + t) * tile_size};
-                        const Unit* const a_rows = packed_a + p * strip_size + t * height * pass_units<E>;
-                        char* const c = problem.c.data + range.batch * problem.c.batch_stride +
-                                        (range.m_begin + row) * problem.c.row_stride +
-                                        (range.n_begin + column) * problem.c.col_stride;
-                        for (int i = 0; i < pass.n_chains; ++i) {
-                            const Chain& chain = pass.chains[i];
-                            const ChainSums<Acc>& sum = pass_sums[i];
-                            clear(fetches, chain.units);
-                            open.count = sum.n_open;
-                            for (int j = 0; j < open.count; ++j) {
-                                const Place& place = sum.open[j];
-                                open.tile[j] = place.first + offsets[place.kind];
-                                if (place.kind == of_block) add_run(fetches, open.tile[j], 64, tile_lines);
-                            }
-                            Acc* const to = sum.to.first + offsets[sum.to.kind];
-                            if (sum.to.kind == of_block && (open.count == 0 || open.tile[open.count - 1] != to))
-                                add_run(fetches, to, 64, tile_lines);
-                            if (last_pass && i == 0) add_run(fetches, c, problem.c.row_stride, n_rows);
-                            if (i == 0 && t % a_tiles == 0) fetch(fetches, next_a, a_lines);
-                            fetch(fetches, next_b, b_lines);
-                            multiply(a_rows + chain.unit_begin, b_panel + chain.unit_begin * width, chain.units, open,
-                                     fetches, to);
-                        }
-                        if (last_pass)
-                            for (std::int64_t r = 0; r < n_rows; ++r)
-                                finish_row_as<Acc>(problem.c.type, tile + r * width, c + r * problem.c.row_stride,
-                                                   problem.c.col_stride, n_columns, problem.alpha, problem.beta);
-                    }
+                    typename E::Unit* const b = block.panel_of(panel, p);
+                    // Just before its first use, so that it is still in a near cache.
+                    if (strip == 0)
+                        pack_panel<E>(block.vectors(panel), problem, pass, range.batch,
+                                      range.n_begin + block.panels.begin(panel), block.panels.width(panel), b);
+                    Fetching next_b = panel_ahead(block, round, strip, panel, p);
+                    multiply_pass(block, pass, n_round + 1 == problem.n_rounds && p + 1 == round.n_passes, strip, panel,
+                                  block.strip_of(p), b, next_a, next_b);
+                    if (!poll.call(poll.context)) return false;
                 }
-                if (!poll.call(poll.context)) return false;
             }
         }
     }

@@ -99,10 +99,16 @@ FIVEDP_INLINE std::int64_t add_run(FetchList& list, const void* first, std::int6
     return count;
 }
 
+// Where a sum goes: a slot, whose rows lie close together, or C itself.
+struct SumTarget {
+    char* first;
+    std::int64_t row_stride;  // bytes
+};
+
 template <class E, int rows, int vectors>
 FIVEDP_NOINLINE void microkernel(const typename E::Unit* __restrict__ a, const typename E::Unit* __restrict__ b,
                                  std::int64_t units, const OpenSums<typename E::Acc>& open, const FetchList& fetches,
-                                 typename E::Acc* to) {
+                                 SumTarget to) {
     using Acc = typename E::Acc;
     using Unit = typename E::Unit;
     using V = Vec<Acc>;
@@ -152,12 +158,12 @@ FIVEDP_NOINLINE void microkernel(const typename E::Unit* __restrict__ a, const t
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) store(to + (r * vectors + v) * width, sum[r][v]);
+        for (int v = 0; v < vectors; ++v) store(to.first + r * to.row_stride + v * FIVEDP_VECTOR_BYTES, sum[r][v]);
 }
 
 template <class E>
 using Microkernel = void (*)(const typename E::Unit*, const typename E::Unit*, std::int64_t,
-                             const OpenSums<typename E::Acc>&, const FetchList&, typename E::Acc*);
+                             const OpenSums<typename E::Acc>&, const FetchList&, SumTarget);
 
 // The microkernel for a tile of 1 .. tile_rows rows, found by halving so that no table with dynamic start is needed.
 template <class E, int vectors, int low = 1, int high = tile_rows>

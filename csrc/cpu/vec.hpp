@@ -84,7 +84,7 @@ FIVEDP_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> acc) {
 
 // The same, into a sum that stays in its register. Where a tile fills the registers the compiler may not choose the
 // form of the instruction that overwrites a factor: it ends in copies and spills.
-#if FIVEDP_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if (FIVEDP_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (FIVEDP_VECTOR_BYTES == 32 && defined(__FMA__))
 FIVEDP_INLINE void fuse_into(Vec<float>& sum, Vec<float> a, Vec<float> b) {
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
