@@ -190,6 +190,8 @@ FIVEDP_INLINE void multiply_pass(const Block<E>& block, const Pass& pass, bool l
     const int vectors = block.vectors(panel);
     const std::int64_t width = vectors * lanes<Acc>, row_stride = block.problem.c.row_stride;
     const bool writes_c = block.writes_c && n_columns == width;
+    const std::int64_t c_stride = block.problem.c.col_stride;
+    const std::int64_t c_bytes = c_stride > 0 && c_stride <= (std::int64_t)sizeof(Acc) ? n_columns * c_stride : 1;
     const Microkernel<E> full_tile = microkernel_for<E>((int)height, vectors);
 
     PassSums<Acc> sums;
@@ -224,7 +226,8 @@ FIVEDP_INLINE void multiply_pass(const Block<E>& block, const Pass& pass, bool l
             left.at += left.step;
             if (last_pass && i + 1 == pass.n_chains && writes_c) to = {c, row_stride};
             if (i == 0) {
-                if (last_pass) add_run(fetches, c, row_stride, n_rows);
+                if (last_pass)
+                    for (std::int64_t at = 0; at < c_bytes; at += 64) add_run(fetches, c + at, row_stride, n_rows);
                 if (t % tiles_a_fetch == 0) fetch(fetches, next_a.ahead, next_a.lines);
             }
             fetch(fetches, next_b.ahead, next_b.lines);
