@@ -162,12 +162,22 @@ void set_state(AttentionProblem& problem, const py::array& highest, const py::ar
         get(output, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, problem.type, "output");
 }
 
-// Whether two blocks of keys can be added to the state of the same queries in one go.
-bool fit_together(const AttentionProblem& one, const AttentionProblem& other) {
-    return one.kv_heads == other.kv_heads && one.q_position == other.q_position && one.q_document == other.q_document &&
-           one.scale == other.scale && one.causal == other.causal && one.window == other.window &&
+// Whether two problems bend their logits alike.
+bool same_mask(const AttentionProblem& one, const AttentionProblem& other) {
+    return one.scale == other.scale && one.causal == other.causal && one.window == other.window &&
            one.softcap == other.softcap && (one.slopes == nullptr) == (other.slopes == nullptr) &&
            (one.slopes == nullptr || std::equal(one.slopes, one.slopes + one.heads, other.slopes));
+}
+
+// Whether two blocks of keys can be added to the state of the same queries in one go, and two blocks of queries to the
+// gradients of the same keys.
+bool same_queries(const AttentionProblem& one, const AttentionProblem& other) {
+    return one.kv_heads == other.kv_heads && one.q_position == other.q_position && one.q_document == other.q_document &&
+           same_mask(one, other);
+}
+bool same_keys(const AttentionProblem& one, const AttentionProblem& other) {
+    return one.heads == other.heads && one.k_position == other.k_position && one.k_document == other.k_document &&
+           same_mask(one, other);
 }
 
 using KeyBlock = std::tuple<py::array, py::array, py::tuple>;  // k, v, mask
@@ -181,7 +191,7 @@ void forward(const py::array& q, const std::vector<KeyBlock>& blocks, const py::
     for (std::size_t i = 0; i < blocks.size(); ++i) {
         problems.push_back(problem_of(q, std::get<0>(blocks[i]), std::get<1>(blocks[i]), masks[i]));
         set_state(problems[i], highest, total, output, written);
-        check(fit_together(problems[0], problems[i]), "attention: block ", i,
+        check(same_queries(problems[0], problems[i]), "attention: block ", i,
               " has other heads, or another mask for the same queries, than block 0; other keys alone would be right");
     }
     for (std::size_t i = 1; i < problems.size(); ++i) problems[i - 1].next = &problems[i];
@@ -223,21 +233,36 @@ void delta(const py::array& d_out, const py::array& out, const py::array& result
     attention_delta(problem, view, to);
 }
 
-void backward(const py::array& d_out, const py::array& q, const py::array& k, const py::array& v,
-              const py::tuple& mask_tuple, const py::array& log_sum, const py::array& delta_array, const py::array& d_q,
-              const py::array& d_k, const py::array& d_v) {
-    const Mask mask = mask_of(mask_tuple);
-    AttentionProblem problem = problem_of(q, k, v, mask);
-    problem.d_out = tokens(d_out, problem.type, "d_out");
-    check_shape(d_out, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, "d_out");
-    const std::vector<std::int64_t> rows = {problem.batch, problem.heads, problem.n_queries};
-    problem.log_sum = sums(log_sum, rows, problem.type, "log_sum");
-    problem.delta = sums(delta_array, rows, problem.type, "delta");
-    problem.d_q = written(d_q, {problem.batch, problem.n_queries, problem.heads, problem.size}, problem.type, "d_q");
-    problem.d_k = written(d_k, {problem.batch, problem.n_keys, problem.kv_heads, problem.size}, problem.type, "d_k");
-    problem.d_v = written(d_v, {problem.batch, problem.n_keys, problem.kv_heads, problem.v_size}, problem.type, "d_v");
+using QueryBlock = std::tuple<py::array, py::array, py::tuple, py::array, py::array, py::array>;
+
+// Each block of queries is d_out, q, mask, log_sum, delta, d_q.
+void backward(const std::vector<QueryBlock>& blocks, const py::array& k, const py::array& v, const py::array& d_k,
+              const py::array& d_v) {
+    check(!blocks.empty(), "attention: there is no block of queries; one or more would be right");
+    std::vector<Mask> masks;
+    std::vector<AttentionProblem> problems;
+    for (const auto& block : blocks) masks.push_back(mask_of(std::get<2>(block)));
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        const auto& [d_out, q, mask, log_sum, delta_array, d_q] = blocks[i];
+        problems.push_back(problem_of(q, k, v, masks[i]));
+        AttentionProblem& problem = problems.back();
+        problem.d_out = tokens(d_out, problem.type, "d_out");
+        check_shape(d_out, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, "d_out");
+        const std::vector<std::int64_t> rows = {problem.batch, problem.heads, problem.n_queries};
+        problem.log_sum = sums(log_sum, rows, problem.type, "log_sum");
+        problem.delta = sums(delta_array, rows, problem.type, "delta");
+        const std::vector<std::int64_t> shape = {problem.batch, problem.n_queries, problem.heads, problem.size};
+        problem.d_q = written(d_q, shape, problem.type, "d_q");
+        problem.d_k =
+            written(d_k, {problem.batch, problem.n_keys, problem.kv_heads, problem.size}, problem.type, "d_k");
+        problem.d_v =
+            written(d_v, {problem.batch, problem.n_keys, problem.kv_heads, problem.v_size}, problem.type, "d_v");
+        check(same_keys(problems[0], problem), "attention: block ", i,
+              " has other heads, or another mask for the same keys, than block 0; other queries alone would be right");
+    }
+    for (std::size_t i = 1; i < problems.size(); ++i) problems[i - 1].next = &problems[i];
     py::gil_scoped_release release;
-    run_attention_backward(problem);
+    run_attention_backward(problems[0]);
 }
 
 }  // namespace

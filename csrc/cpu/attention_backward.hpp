@@ -2,7 +2,7 @@
 // all ranks and delta = rowsum(d_out * out) of the finished output.
 //
 //     for each group of key blocks (packed once; their d_k, d_v stay packed):      12 blocks of 336 keys
-//         for each range of queries (in lanes, with their d_q):                    576 rows
+//         for each range of queries (in lanes, with their d_q), of all problems:   576 rows
 //             for each block of the group, tile of queries and key tile that the mask leaves something of:
 //                 weights = 2^(K q^T - log_sum)                (keys, lanes)
 //                 d_logits = weights * (V d_out^T - delta)     (keys, lanes)
@@ -311,14 +311,26 @@ FIVEDP_NOINLINE void pair_with_block(const AttentionProblem& problem, const Atte
     }
 }
 
-// `head` is all queries of the heads that share a key head; `queries` of them are a range.
+// Of a range of queries, how many tiles of rows; they are described.
 template <class E>
-FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const AttentionRange& head,
+FIVEDP_INLINE std::int64_t describe_range(const AttentionProblem& problem, const AttentionRange& range,
+                                          std::int64_t rows, const BackwardScratch<E>& s) {
+    const std::int64_t tiles = (rows + query_tile - 1) / query_tile;
+    for (std::int64_t t = 0; t < tiles; ++t) {
+        const std::int64_t left = rows - t * query_tile;
+        describe_tile<typename E::Acc>(problem, range, t * query_tile, left < query_tile ? left : query_tile,
+                                       s.tile[t]);
+    }
+    return tiles;
+}
+
+// All queries of the heads that share a key head, `queries` of them a range; then those of the problems that follow.
+template <class E>
+FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, std::int64_t batch, std::int64_t kv_head,
                                         std::int64_t queries, char* scratch) {
     using T = typename E::Acc;
     const std::int64_t group = problem.heads / problem.kv_heads;
     const BackwardScratch<E> s = backward_scratch<E>(problem, group * queries, scratch);
-    const TokenView d_q = sums_view<T>(problem, problem.d_q, problem.size);
     T scale[query_tile];  // logits are in units of log(2)
     for (T& lane : scale) lane = (T)(problem.scale * log2_of_e);
 
@@ -329,25 +341,26 @@ FIVEDP_NOINLINE void attention_backward(const AttentionProblem& problem, const A
             describe_keys<T>(problem, first, left < key_block ? left : key_block, s.block[blocks]);
             s.packed[blocks++] = false;
         }
-        for (AttentionRange range = head; range.query_begin < head.query_end; range.query_begin += queries) {
-            const std::int64_t end = range.query_begin + queries;
-            range.query_end = end < head.query_end ? end : head.query_end;
-            const std::int64_t rows = group * (range.query_end - range.query_begin);
-            const std::int64_t tiles = (rows + query_tile - 1) / query_tile;
-            for (std::int64_t t = 0; t < tiles; ++t) {
-                const std::int64_t left = rows - t * query_tile;
-                describe_tile<T>(problem, range, t * query_tile, left < query_tile ? left : query_tile, s.tile[t]);
-            }
-            if (!sees_any<E>(problem, tiles, blocks, s)) continue;
-            queries_to_lanes<E>(problem, range, rows, scale[0], s);
-            for (std::int64_t b = 0; b < blocks; ++b)
-                pair_with_block<E>(problem, range, tiles, group_begin + b * key_block, b, scale, s);
-            for (std::int64_t first = 0; first < rows; first += query_tile) {
-                const std::int64_t left = rows - first;
-                from_lanes<T>(problem, d_q, problem.size, range, first, left < query_tile ? left : query_tile,
-                              s.d_queries + first * problem.size, s.rows_of_sums, staged_length(problem));
+        for (const AttentionProblem* part = &problem; part != nullptr; part = part->next) {
+            const TokenView d_q = sums_view<T>(*part, part->d_q, part->size);
+            for (std::int64_t begin = 0; begin < part->n_queries; begin += queries) {
+                const std::int64_t left_queries = part->n_queries - begin;
+                const AttentionRange range = {batch, kv_head, begin,
+                                              begin + (left_queries < queries ? left_queries : queries)};
+                const std::int64_t rows = group * (range.query_end - range.query_begin);
+                const std::int64_t tiles = describe_range<E>(*part, range, rows, s);
+                if (!sees_any<E>(*part, tiles, blocks, s)) continue;
+                queries_to_lanes<E>(*part, range, rows, scale[0], s);
+                for (std::int64_t b = 0; b < blocks; ++b)
+                    pair_with_block<E>(*part, range, tiles, group_begin + b * key_block, b, scale, s);
+                for (std::int64_t first = 0; first < rows; first += query_tile) {
+                    const std::int64_t left = rows - first;
+                    from_lanes<T>(*part, d_q, part->size, range, first, left < query_tile ? left : query_tile,
+                                  s.d_queries + first * part->size, s.rows_of_sums, staged_length(*part));
+                }
             }
         }
+        const AttentionRange head = {batch, kv_head, 0, problem.n_queries};
         for (std::int64_t b = 0; b < blocks; ++b)
             if (s.packed[b]) unpack_gradients<E>(problem, head, group_begin + b * key_block, b, s);
     }

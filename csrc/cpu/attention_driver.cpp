@@ -68,10 +68,9 @@ void on_threads(int threads, std::int64_t n, std::int64_t bytes, const Work& wor
 }
 
 int threads_for(const AttentionProblem& problem) {
-    double keys = 0;
+    double pairs = 0;
     for (const AttentionProblem* part = &problem; part != nullptr; part = part->next)
-        keys += static_cast<double>(part->n_keys);
-    const double pairs = static_cast<double>(problem.n_queries) * keys * problem.batch * problem.heads;
+        pairs += static_cast<double>(part->n_queries) * part->n_keys * part->batch * part->heads;
     return pairs < smallest_parallel_pairs ? 1 : thread_count();
 }
 
@@ -178,14 +177,15 @@ void run_attention_forward(const AttentionProblem& problem) {
 void run_attention_backward(const AttentionProblem& problem) {
     const AttentionKernel& kernel = kernel_of(problem);
     const std::int64_t group = problem.heads / problem.kv_heads;
-    const std::int64_t queries = queries_per_range(problem, kernel.backward_rows);
+    const AttentionProblem* longest = &problem;
+    for (const AttentionProblem* part = &problem; part != nullptr; part = part->next)
+        if (part->n_queries > longest->n_queries) longest = part;
+    const std::int64_t queries = queries_per_range(*longest, kernel.backward_rows);
     // One thread a key head: d_k and d_v are sums over queries in rising order.
-    on_threads(
-        threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(problem, group * queries),
-        [&](std::int64_t index, char* memory) {
-            const AttentionRange head = {index / problem.kv_heads, index % problem.kv_heads, 0, problem.n_queries};
-            kernel.backward(problem, head, queries, memory);
-        });
+    on_threads(threads_for(problem), problem.batch * problem.kv_heads, kernel.backward_bytes(*longest, group * queries),
+               [&](std::int64_t index, char* memory) {
+                   kernel.backward(problem, index / problem.kv_heads, index % problem.kv_heads, queries, memory);
+               });
 }
 
 void finish_attention(const AttentionProblem& problem, const TokenView& output, void* log_sum) {

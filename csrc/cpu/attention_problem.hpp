@@ -26,7 +26,8 @@ struct AttentionProblem {
     double softcap;        // 0: none
     const double* slopes;  // of ALiBi, one a query head; null: none
 
-    // Forward only: the same queries with other keys, which are added after these; null: none.
+    // What is added after this; null: nothing. Forward: the same queries with other keys; backward: the same keys, with
+    // the same gradients, and other queries.
     const AttentionProblem* next;
 
     // The state between calls, in the type of sums (float64 for float64, else float32), contiguous:
@@ -56,7 +57,8 @@ struct AttentionKernel {
     void (*forward)(const AttentionProblem& problem, const AttentionRange& range, char* scratch);
     std::int64_t (*backward_bytes)(const AttentionProblem& problem, std::int64_t rows);
     // Of all queries of the heads that share a key head, `queries` at a time.
-    void (*backward)(const AttentionProblem& problem, const AttentionRange& head, std::int64_t queries, char* scratch);
+    void (*backward)(const AttentionProblem& problem, std::int64_t batch, std::int64_t kv_head, std::int64_t queries,
+                     char* scratch);
 };
 
 }  // namespace fivedp

@@ -21,16 +21,7 @@ def attention_forward(
 def attention_finish(highest: Any, total: Any, output: Any, out: Any, log_sum: Any) -> None: ...
 def attention_delta(d_out: Any, out: Any, delta: Any) -> None: ...
 def attention_backward(
-    d_out: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: tuple[Any, ...],
-    log_sum: Any,
-    delta: Any,
-    d_q: Any,
-    d_k: Any,
-    d_v: Any,
+    blocks: list[tuple[Any, Any, tuple[Any, ...], Any, Any, Any]], k: Any, v: Any, d_k: Any, d_v: Any
 ) -> None: ...
 def routing_forward(
     logits: Any,

@@ -285,6 +285,34 @@ def test_blocks_of_other_heads_and_no_block_at_all() -> None:
         extension_forward(a)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": 2.0},
+        {"causal": True},
+        {"window": 3},
+        {"softcap": 3.0},
+        {"slopes": [1.0] * HEADS},
+        {"k_position": places(KEYS)},
+        {"q_document": places(S), "k_document": places(KEYS)},
+    ],
+    ids=str,
+)
+def test_blocks_of_queries_with_another_mask_for_the_same_keys(change: dict[str, Any]) -> None:
+    a = good()
+    blocks = [
+        kernel.Queries(a["d_out"], a["q"], mask, a["lse"], a["delta"], a["d_q"])
+        for mask in (a["mask"], replace(a["mask"], **change))
+    ]
+    with refused(a, ValueError, "block 1 has other heads, or another mask for the same keys, than block 0"):
+        kernel.backward_blocks(blocks, a["k"], a["v"], a["d_k"], a["d_v"])
+
+
+def test_no_block_of_queries_at_all() -> None:
+    with refused(a := good(), ValueError, "there is no block of queries"):
+        kernel.backward_blocks([], a["k"], a["v"], a["d_k"], a["d_v"])
+
+
 @pytest.mark.parametrize("call", ["forward", "backward"])
 @pytest.mark.parametrize(
     ("change", "error", "words"),

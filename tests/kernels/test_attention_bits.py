@@ -108,6 +108,35 @@ def test_blocks_of_one_call_have_the_bits_of_a_call_for_each(seed: int, dtype: A
 
 @pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.usefixtures("restore_threads")
+def test_blocks_of_queries_of_one_call_have_the_bits_of_a_call_for_each(seed: int, dtype: Any, kind: str) -> None:
+    rng = np.random.default_rng(seed)
+    gemm.set_threads(2)
+    for queries, keys in ((700, 130), (90, 4032 + 90), (50, 3), (20, 0)):  # 4032 keys stay packed
+        case = draw_case(rng, dtype, batch=2, kv_heads=2, group=3, queries=queries, keys=keys, size=20, **MASKS[kind])
+        out, lse = forward(case)
+        delta = kernel.delta(case.d_out, out)
+        before, sums = rng.integers(0, queries // 2), lse.dtype
+        rows = list(pieces([before, *sorted(rng.integers(before, queries + 1, 4).tolist()), queries]))
+        results = []
+        for together in (True, False):
+            d_q = [np.full(case.q[:, piece].shape, 0.5, sums) for piece in rows]
+            d_k, d_v = (np.full(x.shape, 0.25, sums) for x in (case.k, case.v))  # added to
+            blocks = [
+                kernel.Queries(
+                    case.d_out[:, piece], case.q[:, piece], part(case.mask, piece),
+                    lse[..., piece].copy(), delta[..., piece].copy(), d_q[i],
+                )
+                for i, piece in enumerate(rows)
+            ]  # fmt: skip
+            for chain in [blocks] if together else [[block] for block in blocks]:
+                kernel.backward_blocks(chain, case.k, case.v, d_k, d_v)
+            results.append([bits(x) for x in (*d_q, d_k, d_v)])
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", REAL_TYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
 def test_gradients_have_the_same_bits_when_keys_come_in_pieces_of_whole_tiles(seed: int, dtype: Any, kind: str) -> None:
     rng = np.random.default_rng(seed)
     keys = 400

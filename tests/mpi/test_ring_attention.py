@@ -14,7 +14,7 @@ import fivedp
 from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
 from fivedp.kernels import attention as kernel
-from fivedp.ops import ring_blocks
+from fivedp.ops import ring_attention, ring_blocks
 from fivedp.reference import attention_reference
 from mpi_attention import BFLOAT16, DTYPES, LAYOUTS, RESULTS, Case, collected, dirty_memory, judge
 
@@ -55,16 +55,23 @@ def test_long_blocks_through_window_and_messages(
         monkeypatch.setattr(window, "take", lambda n_bytes: None)
     monkeypatch.setattr(ring_blocks, "_HELD_BYTES", 0)
     counts: list[int] = []
-    add = kernel.forward_blocks
+    backward_counts: list[int] = []
+    add, add_backward = kernel.forward_blocks, kernel.backward_blocks
 
     def counted(q: Any, blocks: Any, state: Any) -> None:
         counts.append(len(blocks))
         add(q, blocks, state)
 
+    def counted_backward(blocks: Any, *keys: Any) -> None:
+        backward_counts.append(len(blocks))
+        add_backward(blocks, *keys)
+
     monkeypatch.setattr(kernel, "forward_blocks", counted)
+    monkeypatch.setattr(kernel, "backward_blocks", counted_backward)
     rng, kv_heads = np.random.default_rng(seed), KV_HEADS[travels]
     case = plain(rng, 100 * comm.size, size=128, kv_heads=kv_heads, causal=True, layout="zigzag")
     assert case.k.nbytes // comm.size // 2 >= shared_window.MIN_BYTES  # half is what the mask leaves of some
+    monkeypatch.setattr(ring_attention, "_HELD_GRADIENTS", 2 * case.q.nbytes // comm.size)
     results = case.run(apart)
     # This rank's own block, then what is read in place together; what comes by message is the last of its list.
     by_message = [window is None or (shared == "window without room" and rank % 2 == 1) for rank in range(comm.size)]
@@ -75,6 +82,9 @@ def test_long_blocks_through_window_and_messages(
         if step == 0 or by_message[source]:
             lists.append([])
     assert counts == [len(sources) for sources in lists if sources]
+    # Queries that travel are used two blocks at a time on one node, keys and what travels between nodes one by one.
+    together = 1 if travels == "keys" or shared == "messages" else 2
+    assert backward_counts == [1, *(min(together, comm.size - step) for step in range(1, comm.size, together))]
     judge(case, results, apart)
 
 

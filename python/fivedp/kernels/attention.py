@@ -198,11 +198,34 @@ def backward(
     d_q, d_k, d_v
         Of the shapes of q, k and v, contiguous, in the type of sums; added to.
     """
-    if is_cupy(q):
-        _on_gpu().backward(d_out, q, k, v, mask, lse, delta_rows, d_q, d_k, d_v)
+    backward_blocks([Queries(d_out, q, mask, lse, delta_rows, d_q)], k, v, d_k, d_v)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Some queries of a backward, with all that belongs to them; as the arguments of `backward`."""
+
+    d_out: Array
+    q: Array
+    mask: Mask
+    lse: Array
+    delta: Array
+    d_q: Array
+
+
+def backward_blocks(blocks: Sequence[Queries], k: Array, v: Array, d_k: Array, d_v: Array) -> None:
+    """`backward` for each of some blocks of queries, in their order and with the same bits, in one call.
+
+    Keys, values and their gradients are brought into the order that the arithmetic needs, and the gradients back from
+    it, once instead of once a block. The masks differ in the places of queries alone.
+    """
+    if is_cupy(k):
+        for x in blocks:
+            _on_gpu().backward(x.d_out, x.q, k, v, x.mask, x.lse, x.delta, x.d_q, d_k, d_v)
         return
-    d_out_rows, q_rows, k_rows, v_rows = _rows(d_out=d_out, q=q, k=k, v=v)
-    _cpu.attention_backward(d_out_rows, q_rows, k_rows, v_rows, mask._packed(), lse, delta_rows, d_q, d_k, d_v)
+    rows = [(*_rows(d_out=x.d_out, q=x.q), x.mask._packed(), x.lse, x.delta, x.d_q) for x in blocks]
+    k_rows, v_rows = _rows(k=k, v=v)
+    _cpu.attention_backward(rows, k_rows, v_rows, d_k, d_v)
 
 
 def _on_gpu() -> Any:

@@ -12,7 +12,8 @@ it lies, and the kernel takes all blocks after the first in one call.
 
 In the backward the same pairs of ranks meet in the same steps. Either keys travel again, or queries do with what
 belongs to them, in the other direction and to the ranks whose keys they see; `layout.ring_travel` says which, by bytes.
-The gradients of what travels go straight home, in the type of sums, and are added there in the order of steps.
+The gradients of what travels go straight home, in the type of sums, and are added there in the order of steps. On one
+node the kernel takes the queries of several steps in one call.
 
 With `order="canonical"` every rank gathers all keys and adds them in the order of the sequence; the backward gathers
 the queries as well, so that each gradient is one sum in that order. An element then has the same bits on any number of
@@ -22,17 +23,18 @@ ranks, for more memory and, in the backward, about twice the arithmetic.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.grid import grid_of
 from fivedp.comm.mesh import Mesh
 from fivedp.comm.messages import TAGS, Mailbox, Workspace, mailbox
 from fivedp.kernels import attention as kernel
-from fivedp.layout.ring_travel import backward_travel, forward_travel
+from fivedp.layout.ring_travel import Travel, backward_travel, forward_travel
 from fivedp.layout.sequence import Tokens
 from fivedp.ops.attention_arguments import backward_arrays
 from fivedp.ops.attention_call import AttentionCall, Part
@@ -40,6 +42,8 @@ from fivedp.ops.matmul import share_cores
 from fivedp.ops.ring_blocks import Blocks, gather
 
 Array = Any
+# Bytes of gradients of other ranks' queries that are computed in one go.
+_HELD_GRADIENTS = 8 << 20
 
 
 def ring_attention(
@@ -237,80 +241,113 @@ def backward(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> 
 
 @dataclass
 class _Way:
-    """One of the two ways through a backward: what travels, whose gradients come home, and the work on a block.
+    """One of the two ways through a backward: what travels, whose gradients come home, and the work on blocks.
 
     `gradients` are this rank's of what travels, each by the tag under which it comes home and of the shape of the array
-    that stands in its place in `arrays`. `add(tokens, block, gradients)` adds what a block and what stays contribute to
-    the gradients of both.
+    that stands in its place in `arrays`. `add` adds what blocks, each (its tokens, arrays and gradients), and what
+    stays contribute to the gradients of both.
     """
 
     tokens: tuple[Tokens, ...]
     arrays: dict[str, tuple[Array, int]]
     gradients: dict[int, Array]
-    add: Callable[[Tokens, list[Array], list[Array]], None]
+    add: Callable[[Sequence[_Block]], None]
+
+
+_Block = tuple[Tokens, list[Array], list[Array]]
 
 
 def _keys_travel(part: Part, do: Array, lse: Array, delta: Array, dq: Array, dk: Array, dv: Array) -> _Way:
-    def add(keys: Tokens, block: list[Array], gradients: list[Array]) -> None:
-        (k, v), (d_k, d_v) = block, gradients
-        kernel.backward(do, part.q, k, v, part.mask(part.queries, keys), lse, delta, dq, d_k, d_v)
+    def add(blocks: Sequence[_Block]) -> None:
+        for keys, (k, v), (d_k, d_v) in blocks:
+            kernel.backward(do, part.q, k, v, part.mask(part.queries, keys), lse, delta, dq, d_k, d_v)
 
     arrays = {"A": (part.k, 1), "B": (part.v, 1)}
     return _Way(part.visibility.keys, arrays, {TAGS["C"]: dk, TAGS["replica"]: dv}, add)
 
 
 def _queries_travel(part: Part, do: Array, lse: Array, delta: Array, dq: Array, dk: Array, dv: Array) -> _Way:
-    def add(queries: Tokens, block: list[Array], gradients: list[Array]) -> None:
-        (q, d_out, rows), (d_q,) = block, gradients
-        log_sum, rest = part.xp.ascontiguousarray(rows)  # a range of them that is read in place is not
-        mask = part.mask(queries, part.keys)
-        kernel.backward(d_out, q, part.k, part.v, mask, log_sum, rest, d_q, dk, dv)
+    def add(blocks: Sequence[_Block]) -> None:
+        with_queries = []
+        for queries, (q, d_out, rows), (d_q,) in blocks:
+            log_sum, rest = part.xp.ascontiguousarray(rows)  # a range of them that is read in place is not
+            with_queries.append(kernel.Queries(d_out, q, part.mask(queries, part.keys), log_sum, rest, d_q))
+        kernel.backward_blocks(with_queries, part.k, part.v, dk, dv)
 
     arrays = {"A": (part.q, 1), "B": (do, 1), "C": (part.xp.stack([lse, delta]), 3)}
     return _Way(part.visibility.queries, arrays, {TAGS["replica"]: dq}, add)
 
 
 def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
-    mine, size, sums = part.group.index, part.group.size, lse.dtype
+    mine, sums = part.group.index, lse.dtype
     dq, dk, dv = (part.xp.zeros(x.shape, sums) for x in (part.q, part.k, part.v))
     travel = backward_travel(part.visibility, part.sizes)
     way = (_keys_travel if travel.what == "keys" else _queries_travel)(part, do, lse, delta, dq, dk, dv)
-    own, home = list(way.gradients.values()), tuple(way.gradients)
     blocks = Blocks(part.group, mail, way.arrays, way.tokens, travel.spans, travel.stride)
     blocks.start()
     spaces: list[Workspace] = []
-    for step in range(size):
-        # In a step this rank helps `source`, whose block it uses, and `helper` helps this rank. What is awaited in a
-        # step is sent before anything is awaited in that step, so no circle of waits can close.
-        source, helper = blocks.source(step), blocks.user(step)
-        begin, end = travel.spans[helper][mine] if step else (0, 0)
-        helped = [d[:, begin:end] for d in own if begin < end]
-        gifts = [mail.receive(d.shape, sums, helper, tag) for d, tag in zip(helped, home, strict=False)]
-        if source in blocks.coming:
+    for steps in _steps_together(part, mail, travel):
+        # In a step this rank helps `source`, whose block it uses, and `helper` helps this rank. What is awaited in some
+        # steps is sent before anything is awaited in them, and all ranks take the same steps together, so no circle of
+        # waits can close.
+        gifts = []
+        for helper in (blocks.user(step) for step in steps if step > 0):
+            begin, end = travel.spans[helper][mine]
+            for tag, d in way.gradients.items() if begin < end else ():
+                helped = d[:, begin:end]
+                gifts.append((helped, mail.receive(helped.shape, sums, helper, tag)))
+        coming = {step: source for step in steps if (source := blocks.source(step)) in blocks.coming}
+        for source in coming.values():
+            blocks.expect(source)
+        for source in list(coming.values())[-1:]:
             blocks.expect_next(source)
-            block, tokens = blocks.arrived(source), blocks.tokens(source)
-            if source == mine:
-                way.add(tokens, block, own)
-            else:
-                mail.flush(step - 1, home)
-                for space in spaces:
-                    mail.give_workspace(space)
-                spaces = [mail.workspace(x.shape, sums) for x, _ in zip(block, home, strict=False)]
-                for space in spaces:
-                    space.array[...] = 0
-                way.add(tokens, block, [space.array for space in spaces])
-                blocks.release(source)
-                for space, tag in zip(spaces, home, strict=True):
-                    mail.send(space.array, source, tag, step)
-        if gifts:
-            mail.wait(gifts)
-            for d, gift in zip(helped, gifts, strict=True):
-                d += gift.array
-                mail.release(gift)
+        if 0 in coming:
+            way.add([(blocks.tokens(mine), blocks.arrived(mine), list(way.gradients.values()))])
+        elif coming:
+            mail.flush(steps[0] - 1, tuple(way.gradients))
+            for space in spaces:
+                mail.give_workspace(space)
+            spaces = _help(way, blocks, coming, mail, sums)
+        mail.wait([gift for _, gift in gifts])
+        for helped, gift in gifts:
+            helped += gift.array
+            mail.release(gift)
     mail.flush()
     for space in spaces:
         mail.give_workspace(space)
     return dq, dk, dv
+
+
+def _help(way: _Way, blocks: Blocks, coming: dict[int, int], mail: Mailbox, sums: Any) -> list[Workspace]:
+    """Use the blocks of other ranks, by step, and send their gradients home; the memory that those lie in."""
+    used, spaces = [], []
+    for source in coming.values():
+        block = blocks.arrived(source)
+        for x, _ in zip(block, way.gradients, strict=False):
+            spaces.append(mail.workspace(x.shape, sums))
+            spaces[-1].array[...] = 0
+        used.append((blocks.tokens(source), block, [space.array for space in spaces[-len(way.gradients) :]]))
+    way.add(used)
+    for (step, source), (_, _, gradients) in zip(coming.items(), used, strict=True):
+        blocks.release(source)
+        for d, tag in zip(gradients, way.gradients, strict=True):
+            mail.send(d, source, tag, step)
+    return spaces
+
+
+def _steps_together(part: Part, mail: Mailbox, travel: Travel) -> list[range]:
+    """The steps whose blocks are used in one go, the same on all ranks: the first, of this rank's block, alone.
+
+    Where queries travel the kernel brings keys into its order once for all of them. That needs all blocks at once, so
+    it is done where they are read in place; their gradients, which are memory of this rank's, are few.
+    """
+    size, together = part.group.size, 1
+    if travel.what == "queries" and part.group.in_place and mail.xp is np:
+        longest = max((end - begin for spans in travel.spans for begin, end in spans), default=0)
+        sizes = part.sizes
+        n_bytes = longest * sizes.batch * sizes.heads * sizes.size * sizes.sum_bytes
+        together = max(1, min(size - 1, _HELD_GRADIENTS // max(n_bytes, 1)))
+    return [range(1), *(range(step, min(step + together, size)) for step in range(1, size, together))]
 
 
 def _backward_canonical(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
