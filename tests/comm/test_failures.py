@@ -104,23 +104,25 @@ def test_exception_in_the_middle_reaches_the_others(first_call: str) -> None:
         assert "can't be used any more" in mine[1], mine
 
 
-def test_exception_in_the_middle_of_a_ring_reaches_the_others() -> None:
+@pytest.mark.parametrize("kv_heads", [1, 2], ids=["keys travel", "queries travel"])
+def test_exception_in_the_middle_of_a_ring_reaches_the_others(kv_heads: int) -> None:
     done = run(
         "from fivedp.kernels import attention\n"
         "x = np.ones((1, 300, 2, 8), np.float32)\n"
-        "o, lse = fivedp.ring_attention(x, x, x, comm, layout='contiguous')\n"
+        f"k = x[:, :, :{kv_heads}]\n"
+        "o, lse = fivedp.ring_attention(x, k, k, comm, layout='contiguous')\n"
         "def multiply():\n"
-        "    return fivedp.ring_attention_backward(x, x, x, x, o, lse, comm, layout='contiguous')\n"
-        "backward = attention.backward\n"
+        "    return fivedp.ring_attention_backward(x, x, k, k, o, lse, comm, layout='contiguous')\n"
+        "backward = attention.backward_blocks\n"
         "def broken(*arguments):\n"
         "    if broken.calls:\n        raise MemoryError('seeded fault')\n"
         "    broken.calls += 1\n    backward(*arguments)\n"
         "broken.calls = 0\n"
-        "if rank == 1:\n    attention.backward = broken  # its own keys still, then no more\n"
+        "if rank == 1:\n    attention.backward_blocks = broken  # its own block still, then no more\n"
     )
     found = caught(done)
     assert found[1][0] == "MemoryError"
-    for rank in (0, 2):  # they wait for what rank 1 owes to the gradients of their keys
+    for rank in (0, 2):  # they wait for what rank 1 owes to the gradients of what travels
         assert found[rank][0] == "PeerError"
         assert "rank 1: MemoryError: seeded fault" in found[rank][2]
         assert found[rank][1] < 5
