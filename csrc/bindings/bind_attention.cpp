@@ -180,21 +180,39 @@ bool same_keys(const AttentionProblem& one, const AttentionProblem& other) {
            same_mask(one, other);
 }
 
+// The problems of a call, one for each block, each of which knows the next; `problem_of_block` takes a block and its
+// mask. The slopes lie in the masks.
+template <class Block, class ProblemOfBlock>
+std::vector<AttentionProblem> linked(const std::vector<Block>& blocks, const std::vector<Mask>& masks,
+                                     const ProblemOfBlock& problem_of_block) {
+    std::vector<AttentionProblem> problems;
+    for (std::size_t i = 0; i < blocks.size(); ++i) problems.push_back(problem_of_block(blocks[i], masks[i]));
+    for (std::size_t i = 1; i < problems.size(); ++i) problems[i - 1].next = &problems[i];
+    return problems;
+}
+
+// Of blocks that are tuples whose third entry is the mask.
+template <class Block>
+std::vector<Mask> masks_of(const std::vector<Block>& blocks, const char* what) {
+    check(!blocks.empty(), "attention: there is no block of ", what, "; one or more would be right");
+    std::vector<Mask> masks;
+    for (const auto& block : blocks) masks.push_back(mask_of(std::get<2>(block)));
+    return masks;
+}
+
 using KeyBlock = std::tuple<py::array, py::array, py::tuple>;  // k, v, mask
 
 void forward(const py::array& q, const std::vector<KeyBlock>& blocks, const py::array& highest, const py::array& total,
              const py::array& output) {
-    check(!blocks.empty(), "attention: there is no block of keys; one or more would be right");
-    std::vector<Mask> masks;
-    std::vector<AttentionProblem> problems;
-    for (const auto& block : blocks) masks.push_back(mask_of(std::get<2>(block)));
-    for (std::size_t i = 0; i < blocks.size(); ++i) {
-        problems.push_back(problem_of(q, std::get<0>(blocks[i]), std::get<1>(blocks[i]), masks[i]));
-        set_state(problems[i], highest, total, output, written);
+    const std::vector<Mask> masks = masks_of(blocks, "keys");
+    const std::vector<AttentionProblem> problems = linked(blocks, masks, [&](const KeyBlock& block, const Mask& mask) {
+        AttentionProblem problem = problem_of(q, std::get<0>(block), std::get<1>(block), mask);
+        set_state(problem, highest, total, output, written);
+        return problem;
+    });
+    for (std::size_t i = 1; i < problems.size(); ++i)
         check(same_queries(problems[0], problems[i]), "attention: block ", i,
               " has other heads, or another mask for the same queries, than block 0; other keys alone would be right");
-    }
-    for (std::size_t i = 1; i < problems.size(); ++i) problems[i - 1].next = &problems[i];
     py::gil_scoped_release release;
     run_attention_forward(problems[0]);
 }
@@ -238,14 +256,10 @@ using QueryBlock = std::tuple<py::array, py::array, py::tuple, py::array, py::ar
 // Each block of queries is d_out, q, mask, log_sum, delta, d_q.
 void backward(const std::vector<QueryBlock>& blocks, const py::array& k, const py::array& v, const py::array& d_k,
               const py::array& d_v) {
-    check(!blocks.empty(), "attention: there is no block of queries; one or more would be right");
-    std::vector<Mask> masks;
-    std::vector<AttentionProblem> problems;
-    for (const auto& block : blocks) masks.push_back(mask_of(std::get<2>(block)));
-    for (std::size_t i = 0; i < blocks.size(); ++i) {
-        const auto& [d_out, q, mask, log_sum, delta_array, d_q] = blocks[i];
-        problems.push_back(problem_of(q, k, v, masks[i]));
-        AttentionProblem& problem = problems.back();
+    const std::vector<Mask> masks = masks_of(blocks, "queries");
+    const auto problem_of_block = [&](const QueryBlock& block, const Mask& bends) {
+        const auto& [d_out, q, mask, log_sum, delta_array, d_q] = block;
+        AttentionProblem problem = problem_of(q, k, v, bends);
         problem.d_out = tokens(d_out, problem.type, "d_out");
         check_shape(d_out, {problem.batch, problem.n_queries, problem.heads, problem.v_size}, "d_out");
         const std::vector<std::int64_t> rows = {problem.batch, problem.heads, problem.n_queries};
@@ -257,10 +271,12 @@ void backward(const std::vector<QueryBlock>& blocks, const py::array& k, const p
             written(d_k, {problem.batch, problem.n_keys, problem.kv_heads, problem.size}, problem.type, "d_k");
         problem.d_v =
             written(d_v, {problem.batch, problem.n_keys, problem.kv_heads, problem.v_size}, problem.type, "d_v");
-        check(same_keys(problems[0], problem), "attention: block ", i,
+        return problem;
+    };
+    const std::vector<AttentionProblem> problems = linked(blocks, masks, problem_of_block);
+    for (std::size_t i = 1; i < problems.size(); ++i)
+        check(same_keys(problems[0], problems[i]), "attention: block ", i,
               " has other heads, or another mask for the same keys, than block 0; other queries alone would be right");
-    }
-    for (std::size_t i = 1; i < problems.size(); ++i) problems[i - 1].next = &problems[i];
     py::gil_scoped_release release;
     run_attention_backward(problems[0]);
 }

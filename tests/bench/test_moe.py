@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
+import fivedp
 from fivedp.bench import expert_workload, mixture, operands, order_price, report
 from fivedp.bench.cases import FAMILIES, moe
 from fivedp.bench.cases.moe import Case, Model
@@ -18,6 +20,7 @@ from fivedp.bench.mixture import Inputs, Weights
 from fivedp.bench.moe_check import Check
 from fivedp.bench.program import choose, parser
 from fivedp.bench.stages import Stopwatch
+from fivedp.bench.trials import moe as moe_trial
 from fivedp.bench.trials.moe import pairs_by_rank, traffic
 from fivedp.kernels import experts as kernel
 
@@ -237,6 +240,18 @@ def test_an_honest_mixture_is_accepted(model: Model, dtype: str, backward: bool)
     found = check.found()
     assert 0 < found["error"] <= 2 * found["honest_error"]
     assert found["conservation"] <= 1
+
+
+@pytest.mark.parametrize("model", [Model("", 32, 16, 8, 2), *MODELS[1:]], ids=lambda m: f"{m.activation} {m.score}")
+def test_one_token_is_accepted_however_much_of_its_gradient_cancels(model: Model) -> None:
+    """Its two experts may answer so alike that the difference, the gradient of its logits, is little but rounding."""
+    case, first = Case(model, 1, "float32", backward=True), drawn()
+    grid = SimpleNamespace(mesh=fivedp.Mesh(MPI.COMM_SELF, ep=1))
+    for seed in range(first, first + 200):
+        bench: Any = SimpleNamespace(comm=MPI.COMM_SELF, kept={}, seed=seed, grid=lambda _: grid)
+        layer = moe_trial.Experts(case, bench)
+        layer.run()
+        assert layer.check()[0] == "", f"seed {seed}"
 
 
 @pytest.mark.parametrize("name", ["d_w_up", "d_w_down", "d_router"])

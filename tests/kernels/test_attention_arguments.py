@@ -308,6 +308,18 @@ def test_blocks_of_queries_with_another_mask_for_the_same_keys(change: dict[str,
         kernel.backward_blocks(blocks, a["k"], a["v"], a["d_k"], a["d_v"])
 
 
+def test_blocks_of_queries_of_other_heads() -> None:
+    a = good()
+    half = [x[:, :, : HEADS // 2] for x in (a["d_out"], a["q"])]
+    sums = [np.ascontiguousarray(x) for x in (a["lse"][:, : HEADS // 2], a["delta"][:, : HEADS // 2])]
+    blocks = [
+        kernel.Queries(a["d_out"], a["q"], a["mask"], a["lse"], a["delta"], a["d_q"]),
+        kernel.Queries(*half, a["mask"], *sums, a["d_q"][:, :, : HEADS // 2].copy()),
+    ]
+    with refused(a, ValueError, "block 1 has other heads"):
+        kernel.backward_blocks(blocks, a["k"], a["v"], a["d_k"], a["d_v"])
+
+
 def test_no_block_of_queries_at_all() -> None:
     with refused(a := good(), ValueError, "there is no block of queries"):
         kernel.backward_blocks([], a["k"], a["v"], a["d_k"], a["d_v"])

@@ -59,7 +59,12 @@ class Sizes:
     def queries_backward(self) -> int:
         """q, do, lse and delta there, dq home."""
         there = (self.size + self.v_size) * self.itemsize + 2 * self.sum_bytes
-        return self.batch * self.heads * (there + self.size * self.sum_bytes)
+        return self.batch * self.heads * there + self.queries_home
+
+    @property
+    def queries_home(self) -> int:
+        """dq home."""
+        return self.batch * self.heads * self.size * self.sum_bytes
 
 
 @dataclass(frozen=True, eq=False)

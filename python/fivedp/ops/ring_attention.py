@@ -239,6 +239,9 @@ def backward(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Array) -> 
     return run(part, mail, do, lse, delta)
 
 
+_Block = tuple[Tokens, list[Array], list[Array]]
+
+
 @dataclass
 class _Way:
     """One of the two ways through a backward: what travels, whose gradients come home, and the work on blocks.
@@ -252,9 +255,6 @@ class _Way:
     arrays: dict[str, tuple[Array, int]]
     gradients: dict[int, Array]
     add: Callable[[Sequence[_Block]], None]
-
-
-_Block = tuple[Tokens, list[Array], list[Array]]
 
 
 def _keys_travel(part: Part, do: Array, lse: Array, delta: Array, dq: Array, dk: Array, dv: Array) -> _Way:
@@ -298,8 +298,6 @@ def _backward_ring(part: Part, mail: Mailbox, do: Array, lse: Array, delta: Arra
                 gifts.append((helped, mail.receive(helped.shape, sums, helper, tag)))
         coming = {step: source for step in steps if (source := blocks.source(step)) in blocks.coming}
         for source in coming.values():
-            blocks.expect(source)
-        for source in list(coming.values())[-1:]:
             blocks.expect_next(source)
         if 0 in coming:
             way.add([(blocks.tokens(mine), blocks.arrived(mine), list(way.gradients.values()))])
@@ -323,10 +321,11 @@ def _help(way: _Way, blocks: Blocks, coming: dict[int, int], mail: Mailbox, sums
     used, spaces = [], []
     for source in coming.values():
         block = blocks.arrived(source)
-        for x, _ in zip(block, way.gradients, strict=False):
-            spaces.append(mail.workspace(x.shape, sums))
-            spaces[-1].array[...] = 0
-        used.append((blocks.tokens(source), block, [space.array for space in spaces[-len(way.gradients) :]]))
+        made = [mail.workspace(x.shape, sums) for x, _ in zip(block, way.gradients, strict=False)]
+        for space in made:
+            space.array[...] = 0
+        spaces += made
+        used.append((blocks.tokens(source), block, [space.array for space in made]))
     way.add(used)
     for (step, source), (_, _, gradients) in zip(coming.items(), used, strict=True):
         blocks.release(source)
@@ -344,9 +343,7 @@ def _steps_together(part: Part, mail: Mailbox, travel: Travel) -> list[range]:
     size, together = part.group.size, 1
     if travel.what == "queries" and part.group.in_place and mail.xp is np:
         longest = max((end - begin for spans in travel.spans for begin, end in spans), default=0)
-        sizes = part.sizes
-        n_bytes = longest * sizes.batch * sizes.heads * sizes.size * sizes.sum_bytes
-        together = max(1, min(size - 1, _HELD_GRADIENTS // max(n_bytes, 1)))
+        together = max(1, min(size - 1, _HELD_GRADIENTS // max(longest * part.sizes.queries_home, 1)))
     return [range(1), *(range(step, min(step + together, size)) for step in range(1, size, together))]
 
 
