@@ -50,12 +50,9 @@ FIVEDP_INLINE Float8 load_float8(const char* from) {
 }
 
 // Swaps ever smaller off-diagonal blocks: 4 x 4, 2 x 2, 1 x 1.
-template <class Source, class Rows>
-FIVEDP_INLINE void transpose_square(const Rows& from, std::int64_t row, std::int64_t at, float* to,
-                                    std::int64_t to_stride) {
-    Float8 x[8], y[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) x[i] = load_float8<Source>(Rows::at(from, row + i) + at);
+template <class T>
+FIVEDP_INLINE void store_transposed(Float8 (&x)[8], T* to, std::int64_t to_stride) {
+    Float8 y[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 4; ++i) {
         y[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
@@ -73,6 +70,29 @@ FIVEDP_INLINE void transpose_square(const Rows& from, std::int64_t row, std::int
         store(to + i * to_stride, __builtin_shufflevector(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14));
         store(to + (i + 1) * to_stride, __builtin_shufflevector(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
     }
+}
+
+template <class Source, class Rows>
+FIVEDP_INLINE void transpose_square(const Rows& from, std::int64_t row, std::int64_t at, float* to,
+                                    std::int64_t to_stride) {
+    Float8 x[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) x[i] = load_float8<Source>(Rows::at(from, row + i) + at);
+    store_transposed(x, to, to_stride);
+}
+
+// 16 rows of 8 halves: as a square of pairs, each of which two rows make.
+template <class Source, class Rows>
+FIVEDP_INLINE void transpose_square(const Rows& from, std::int64_t row, std::int64_t at, std::uint16_t* to,
+                                    std::int64_t to_stride) {
+    Float8 x[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const __m128i even = load<__m128i>(Rows::at(from, row + 2 * i) + at);
+        const __m128i odd = load<__m128i>(Rows::at(from, row + 2 * i + 1) + at);
+        x[i] = (Float8)_mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd));
+    }
+    store_transposed(x, to, to_stride);
 }
 
 template <class Source, class Rows>
@@ -107,20 +127,18 @@ FIVEDP_INLINE void transpose_edge(const Rows& from, std::int64_t row_begin, std:
 template <class T, class Source, class Rows>
 FIVEDP_INLINE void transpose(const Rows& from, std::int64_t rows, std::int64_t columns, T* to, std::int64_t to_stride) {
 #ifdef FIVEDP_TRANSPOSE
-    if constexpr (sizeof(T) == 8 || sizeof(T) == 4) {
-        using Lane = std::conditional_t<sizeof(T) == 8, double, float>;
-        constexpr int side = 32 / sizeof(T);
-        const std::int64_t square_rows = rows / side * side, square_columns = columns / side * side;
-        for (std::int64_t row = 0; row < square_rows; row += side)
-            for (std::int64_t column = 0; column < square_columns; column += side)
-                transpose_square<Source>(from, row, column * (std::int64_t)sizeof(Source),
-                                         (Lane*)(to + column * to_stride + row), to_stride);
-        transpose_edge<T, Source>(from, 0, square_rows, square_columns, columns, to, to_stride);
-        transpose_edge<T, Source>(from, square_rows, rows, 0, columns, to, to_stride);
-        return;
-    }
-#endif
+    using Lane = std::conditional_t<sizeof(T) == 8, double, std::conditional_t<sizeof(T) == 4, float, std::uint16_t>>;
+    constexpr int high = 32 / sizeof(T), wide = sizeof(T) == 2 ? 8 : high;
+    const std::int64_t square_rows = rows / high * high, square_columns = columns / wide * wide;
+    for (std::int64_t row = 0; row < square_rows; row += high)
+        for (std::int64_t column = 0; column < square_columns; column += wide)
+            transpose_square<Source>(from, row, column * (std::int64_t)sizeof(Source),
+                                     (Lane*)(to + column * to_stride + row), to_stride);
+    transpose_edge<T, Source>(from, 0, square_rows, square_columns, columns, to, to_stride);
+    transpose_edge<T, Source>(from, square_rows, rows, 0, columns, to, to_stride);
+#else
     transpose_edge<T, Source>(from, 0, rows, 0, columns, to, to_stride);
+#endif
 }
 
 template <class T, class Source>

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import mmap
 import os
 import platform
-import weakref
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fivedp.comm.lent import lend
 
 # Below this a message is cheaper than a note and an answer.
 MIN_BYTES = 32 << 10
@@ -84,6 +84,8 @@ class SharedWindow:
         self._base = self.mine.__array_interface__["data"][0]
         self._free = [(_CELL_BYTES, _LARGE_BEGIN)]
         self._free_large = [(_LARGE_BEGIN, _FILE_BYTES)]
+        self._returned: list[Extent] = []
+        """Working memory that was lent and that nobody has any more."""
         self._backed = _LARGE_BEGIN
         """Up to here the file has its pages."""
         self._free_cells = list(range(_CELLS))
@@ -116,6 +118,8 @@ class SharedWindow:
 
     def take_large(self, n_bytes: int) -> Extent | None:
         """A free range of working memory, or None where the file system has no room; kept for the next call."""
+        while self._returned:
+            self.give(self._returned.pop())
         extent = _take(self._free_large, n_bytes)
         if extent is not None and extent[1] > self._backed:
             try:
@@ -152,10 +156,7 @@ class SharedWindow:
 
     def lend(self, extent: Extent, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """A range as an array, with what it holds, which returns to this segment when nobody has the array any more."""
-        owner = _Lent(self.mine[extent[0] : extent[1]])
-        weakref.finalize(owner, self.give, extent)
-        n_bytes = math.prod(shape) * dtype.itemsize
-        return np.asarray(owner)[:n_bytes].view(dtype).reshape(shape)
+        return lend(self.mine[extent[0] : extent[1]], shape, dtype, self._returned, extent)
 
     def offset_of(self, array: npt.NDArray[Any]) -> int | None:
         """Where an array begins in this rank's segment; None where it lies elsewhere."""
@@ -184,17 +185,6 @@ class SharedWindow:
     def acknowledge(self, rank: int, cell: int) -> None:
         """Tell the sender that its box has been read."""
         self._cells[rank][cell] = 1
-
-
-class _Lent:
-    """What arrays on lent memory have as their base, so that it lives as long as any of them or of their views.
-
-    An array made on a buffer would have the whole segment as its base.
-    """
-
-    def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
-        self.memory = memory
-        self.__array_interface__ = memory.__array_interface__
 
 
 def _path(pid: int, number: int) -> str:

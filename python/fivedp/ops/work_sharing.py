@@ -239,8 +239,10 @@ class SharedWork:
     def _private(self, item: Item) -> Array:
         """Memory for a result that nobody else needs to see."""
         shape = (self.plan.n_rows if item.per == "row" else len(self.plan.incoming.counts), *item.tail)
-        if item.kept or self.plan.on_device:
+        if self.plan.on_device:
             return self.plan.xp.empty(shape, item.dtype)
+        if item.kept:
+            return self.mail.pool.lend(shape, item.dtype)
         array, buffer = self.mail.pool.take(shape, item.dtype)
         self._buffers.append(buffer)
         return array

@@ -13,12 +13,15 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from fivedp.comm.grid import Group
+from fivedp.comm.lent import lend
 
 Array = Any
 Buffer = npt.NDArray[np.uint8]
 MAX_MESSAGE_BYTES = 1 << 30
-# Buffers kept for the next call; a product of 4096 needs less than this at any rank count.
-_POOL_BYTES = 64 << 20
+# Buffers kept for the next call: those of a layer of a few thousand tokens and what it returns.
+_POOL_BYTES = 512 << 20
+# Below it the allocator has pages at hand.
+_LENT_BYTES = 1 << 20
 # Tags of a group are 16 apart: `tag` carries payload or the note of a box that is read in place, `tag + OVERFLOW` what
 # could not be read in place. The agreement on a call has 1.
 TAGS = {"A": 2, "B": 3, "C": 4, "replica": 5, "rows": 6}
@@ -45,16 +48,24 @@ def cut(flat: Buffer) -> list[Buffer]:
 
 
 class BufferPool:
-    """Host buffers that are used again, for fresh pages cost as much as the copy into them."""
+    """Host buffers that are used again, for fresh pages cost as much as the copy into them, or more.
+
+    Sizes are rounded up by an eighth at most: how many rows an expert gets differs from call to call, and its buffers
+    shall fit the next. Where more is kept than may be, the sizes go that were not used for longest.
+    """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[Buffer]] = {}
+        self._free: dict[int, list[Buffer]] = {}  # by size, the one that was used last at the end
         self._kept = 0
+        self._returned: list[Buffer] = []
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], Buffer]:
         """(array, buffer): an uninitialised array and the buffer to give back."""
+        while self._returned:
+            self.give(self._returned.pop())
         n_bytes = math.prod(shape) * dtype.itemsize
-        size = max(4096, -(-n_bytes // 65536) * 65536 if n_bytes > 65536 else 1 << max(0, n_bytes - 1).bit_length())
+        step = max(4096, 1 << max(0, n_bytes.bit_length() - 4))
+        size = max(step, -(-n_bytes // step) * step)
         free = self._free.get(size)
         if free:
             buffer = free.pop()
@@ -65,9 +76,24 @@ class BufferPool:
 
     def give(self, buffer: Buffer) -> None:
         """Return a buffer that nothing reads or writes any more."""
-        if self._kept + buffer.size <= _POOL_BYTES:
-            self._free.setdefault(buffer.size, []).append(buffer)
-            self._kept += buffer.size
+        same = self._free.pop(buffer.size, [])
+        same.append(buffer)
+        self._free[buffer.size] = same
+        self._kept += buffer.size
+        while self._kept > _POOL_BYTES:
+            oldest = next(iter(self._free))
+            if self._free[oldest]:
+                self._free[oldest].pop()
+                self._kept -= oldest
+            else:
+                del self._free[oldest]
+
+    def lend(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An uninitialised array to be returned to the user; its memory comes back when nobody has it any more."""
+        if math.prod(shape) * dtype.itemsize < _LENT_BYTES:
+            return np.empty(shape, dtype)
+        _, buffer = self.take(shape, dtype)
+        return lend(buffer, shape, dtype, self._returned, buffer)
 
 
 @dataclass(slots=True)
