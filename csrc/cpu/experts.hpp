@@ -3,15 +3,13 @@
 //
 // Everything is computed in the type of sums (float for bfloat16) and rounded where it is stored.
 
-typedef std::uint16_t Halves __attribute__((vector_size(FIVEDP_VECTOR_BYTES / 2)));
-
 // One vector of sums from `n` stored elements, n <= lanes; what is missing is zero, and nothing beyond is read.
 template <class T, class Stored>
 FIVEDP_INLINE Vec<T> load_elements(const char* from, std::int64_t n) {
     if constexpr (sizeof(Stored) == 2) {
         Halves values = {};
         __builtin_memcpy(&values, from, n == lanes<T> ? sizeof values : n * sizeof(Stored));
-        return (Vec<T>)(__builtin_convertvector(values, Vec<std::uint32_t>) << 16);
+        return widened(values);
     } else {
         Vec<T> values = {};
         __builtin_memcpy(&values, from, n == lanes<T> ? sizeof values : n * sizeof(Stored));
@@ -22,11 +20,7 @@ FIVEDP_INLINE Vec<T> load_elements(const char* from, std::int64_t n) {
 template <class T, class Stored>
 FIVEDP_INLINE void store_elements(char* to, const Vec<T>& sums, std::int64_t n) {
     if constexpr (sizeof(Stored) == 2) {
-        // As round_to_bf16: to nearest, ties to even, NaN stays NaN.
-        const Vec<std::uint32_t> bits = (Vec<std::uint32_t>)sums, high = bits >> 16;
-        const Vec<std::uint32_t> rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
-        const Vec<std::uint32_t> chosen = (bits & 0x7fffffffu) > 0x7f800000u ? (high | 0x40u) : rounded;
-        const Halves halves = __builtin_convertvector(chosen, Halves);
+        const Halves halves = rounded_to_bf16(sums);
         __builtin_memcpy(to, &halves, n == lanes<T> ? sizeof halves : n * sizeof(Stored));
     } else {
         __builtin_memcpy(to, &sums, n == lanes<T> ? sizeof sums : n * sizeof(Stored));
@@ -36,10 +30,10 @@ FIVEDP_INLINE void store_elements(char* to, const Vec<T>& sums, std::int64_t n) 
 // A sum as it reads after it was stored.
 template <class T, class Stored>
 FIVEDP_INLINE Vec<T> as_stored(const Vec<T>& sums) {
-    char bytes[FIVEDP_VECTOR_BYTES];
-    if constexpr (sizeof(Stored) == sizeof(T)) return sums;
-    store_elements<T, Stored>(bytes, sums, lanes<T>);
-    return load_elements<T, Stored>(bytes, lanes<T>);
+    if constexpr (sizeof(Stored) == 2)
+        return widened(rounded_to_bf16(sums));
+    else
+        return sums;
 }
 
 FIVEDP_INLINE char* row_of(const RowsView& view, std::int64_t row) {

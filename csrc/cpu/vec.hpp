@@ -121,3 +121,23 @@ FIVEDP_INLINE std::uint16_t round_to_bf16(float value) {
     const std::uint32_t quiet_nan = (bits >> 16) | 0x40u;
     return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
 }
+
+// A vector of them: half as many bytes as their floats.
+typedef std::uint16_t Halves __attribute__((vector_size(FIVEDP_VECTOR_BYTES / 2)));
+
+FIVEDP_INLINE Vec<float> widened(const Halves& values) {
+    return (Vec<float>)(__builtin_convertvector(values, Vec<std::uint32_t>) << 16);
+}
+
+// round_to_bf16 of each.
+FIVEDP_INLINE Halves rounded_to_bf16(const Vec<float>& values) {
+#ifdef __AVX512BF16__
+    // The instruction rounds in the same way, but takes what is below the normal numbers for zero.
+    constexpr int denormal = 0x20;
+    if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)values, denormal) == 0, 1))
+        return (Halves)_mm512_cvtneps_pbh((__m512)values);
+#endif
+    const Vec<std::uint32_t> bits = (Vec<std::uint32_t>)values, high = bits >> 16;
+    const Vec<std::uint32_t> rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
+    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? (high | 0x40u) : rounded, Halves);
+}

@@ -236,6 +236,20 @@ def test_weighted_and_gathered_rows(rng: np.random.Generator, dtype: Any, size: 
             assert bits(out) == bits(right.astype(result))
 
 
+def test_any_number_is_rounded_to_bfloat16_to_nearest_even_denormals_too(rng: np.random.Generator) -> None:
+    x = rng.integers(0, 1 << 32, (64, 1000), np.uint32)
+    x[:8] &= np.uint32(0x807FFFFF)  # denormals and zeros, which the instruction of the CPU would flush
+    x[8:12, ::7] = np.uint32(0x7F800001)  # one NaN among other numbers
+    x[12:16] &= np.uint32(0xFFFF8000)  # halfway, or exact
+    numbers = x.view(np.float32)
+    weighted_rows(numbers, np.ones(64, np.float32), out := poisoned(x.shape, BF16))
+    is_number = ~np.isnan(numbers)
+    with np.errstate(over="ignore"):
+        right = numbers[is_number].astype(BF16)
+    assert bits(out[is_number]) == bits(right)
+    assert np.isnan(out[~is_number].astype(np.float32)).all()
+
+
 @pytest.mark.usefixtures("restore_threads")
 def test_bits_do_not_depend_on_the_number_of_threads(rng: np.random.Generator) -> None:
     d_hidden, gate, up = (draw(rng, (301, 700), np.float32) for _ in range(3))
@@ -280,7 +294,9 @@ for dtype, total in ((np.float32, np.float32), (np.float64, np.float64), (ml_dty
     rows = Rows([d], np.zeros(6, np.int32), np.arange(6, dtype=np.int32))
     experts = np.array([0, 4, 5, 1, 2, 6], np.int32)
     combine_rows(rows, np.array([0, 3, 3, 6]), w, experts, 7, y := np.empty((3, 219), dtype))
-    for array in (dots, out[0], y):
+    any_bits = rng.integers(0, 1 << 32, (6, 219), np.uint32).view(np.float32)
+    weighted_rows(any_bits, np.ones(6, np.float32), rounded := np.empty((6, 219), ml_dtypes.bfloat16))
+    for array in (dots, out[0], y, rounded):
         digest.update(array.tobytes())
     print(digest.hexdigest())
 """
