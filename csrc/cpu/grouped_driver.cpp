@@ -115,20 +115,12 @@ GemmRequest request_of(ElementType type, std::int64_t m, std::int64_t n, std::in
     return request;
 }
 
-// The order of a sum over rows: one chain of K blocks. Rows are not cut over ranks, so no virtual shards are needed,
-// and long chains cost least.
-SumPlan sum_over_rows(std::int64_t rows, const GemmKernel& kernel) {
-    const std::int64_t cuts[2] = {0, rows};
+// The order of a sum: one chain of K blocks. Neither an expert's features nor its rows are cut over ranks in the middle
+// of a sum, so no virtual shards are needed, and long chains cost least.
+SumPlan one_shard(std::int64_t k, const GemmKernel& kernel) {
+    const std::int64_t cuts[2] = {0, k};
     SumPlan plan;
     plan_sum(cuts, 1, kernel, plan);
-    return plan;
-}
-
-SumPlan default_sum(std::int64_t k, const GemmKernel& kernel) {
-    std::int64_t cuts[default_shards + 1];
-    default_cuts(k, cuts);
-    SumPlan plan;
-    plan_sum(cuts, default_shards, kernel, plan);
     return plan;
 }
 
@@ -152,7 +144,7 @@ std::int64_t run_grouped_matmul(const GroupedMatmulProblem& problem, const std::
                                 const SharedTiles& tiles) {
     if (problem.n == 0) return 0;
     Products products(problem.type, tiles);
-    const SumPlan sum = default_sum(problem.k, products.kernel);
+    const SumPlan sum = one_shard(problem.k, products.kernel);
     const std::int64_t n_x = static_cast<std::int64_t>(problem.x.size()),
                        n_w = static_cast<std::int64_t>(problem.w.size());
     std::vector<Piece> a, b;
@@ -202,7 +194,7 @@ std::int64_t run_grouped_outer(const GroupedOuterProblem& problem, const std::fu
         products.requests.push_back(
             request_of(problem.type, problem.k, problem.n, rows, {&a[e], pieces}, {&b[e], pieces}, c));
         choose_orientation(products.requests.back(), products.kernel);
-        sums.push_back(sum_over_rows(rows, products.kernel));
+        sums.push_back(one_shard(rows, products.kernel));
         set_sum(products.requests.back(), sums.back());
     }
     products.plan(INT64_MAX / 2);
@@ -240,7 +232,7 @@ std::int64_t run_expert_hidden(const ExpertHiddenProblem& problem, const std::fu
                                const SharedTiles& tiles) {
     if (problem.n == 0) return 0;
     Products products(problem.type, tiles);
-    const SumPlan sum = default_sum(problem.k, products.kernel);
+    const SumPlan sum = one_shard(problem.k, products.kernel);
     const bool gated = problem.w_gate.data != nullptr;
     const std::size_t count = static_cast<std::size_t>(problem.groups.count);
     const std::int64_t size = problem.type == ElementType::f64 ? 8 : problem.type == ElementType::f32 ? 4 : 2;

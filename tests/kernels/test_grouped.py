@@ -35,7 +35,7 @@ def matmul_by_gemm(x: Any, w: Any, counts: list[int], dtype: Any) -> Any:
     out = poisoned((sum(counts), w.shape[2]), dtype)
     borders = offsets_of(counts)
     for e in range(len(counts)):
-        gemm(x[borders[e] : borders[e + 1]], w[e], out[borders[e] : borders[e + 1]])
+        gemm(x[borders[e] : borders[e + 1]], w[e], out[borders[e] : borders[e + 1]], cuts=(0, x.shape[1]))
     return out
 
 
@@ -244,7 +244,7 @@ for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
     expert_hidden(rows, w, v, borders, hidden := np.empty((63, 150), dtype))
     for e in range(5):
         group = slice(borders[e], borders[e + 1])
-        gemm(x[group], w[e], c := np.empty((counts[e], 150), dtype))
+        gemm(x[group], w[e], c := np.empty((counts[e], 150), dtype), cuts=(0, 301))
         assert c.tobytes() == y[group].tobytes()
         gemm(x[group].T, dy[group], c := np.empty((301, 150), dtype), cuts=(0, counts[e]))
         assert c.tobytes() == dw[e].tobytes()

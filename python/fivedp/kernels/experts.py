@@ -11,8 +11,9 @@ are this call's own.
 
 CuPy arrays are served by `fivedp.kernels.cuda`, as far as it has the function.
 
-Every element has the bits that `gemm` gives for its row and expert, whatever the number of rows in the group, the
-threads or the tiles. Types: float32, float64, and bfloat16 with sums in float32. Results are written in place.
+Every element has the bits that `gemm` gives for its row and expert with the whole sum as one shard (``cuts=(0, k)``),
+whatever the number of rows in the group, the threads or the tiles. Types: float32, float64, and bfloat16 with sums in
+float32. Results are written in place.
 
 For CuPy arrays the three products are those of `fivedp.kernels.cuda.grouped`: `offsets` lies on the device as well,
 `Rows` are those of that module, `progress` and `tiles` are not needed, and 0 is returned.
@@ -150,8 +151,7 @@ def grouped_outer(
 ) -> int:
     """out[e] = x_e^T @ dy_e, the sum over the rows of every group e, in their order.
 
-    The order of the sum is that of `gemm` over the group's rows as one shard (``cuts=(0, rows)``); an empty group gives
-    zeros.
+    The sum is over the group's rows (``cuts=(0, rows)``); an empty group gives zeros.
 
     Parameters
     ----------
