@@ -2,16 +2,18 @@
 //
 // The sums of a strip of columns stay in the L1 cache while rows of B pass by, four at a time; each element is the same
 // chain in the same order as in the tiled kernel. The strip is as wide as the cache allows, so that the rows of B are
-// read in long runs.
+// read in long runs; the four that come next are fetched into the L2 cache meanwhile, for no run is so long that the
+// hardware would keep ahead.
 
 // Rows of A multiplied at a time, so that their 4 numbers each stay in registers.
 static constexpr int stream_group = FIVEDP_VECTOR_BYTES >= 64 ? 4 : 2;
 static constexpr int stream_depth = 4;
 
-// Units u_begin <= u < u_begin + depth of `rows` rows of A times the same rows of B, added to sums[row][column].
+// Units u_begin <= u < u_begin + depth of `rows` rows of A times the same rows of B, added to sums[row][column]; as
+// many rows of `next` are fetched, where it is not null.
 template <class E, int rows, int depth>
-FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_rows, std::int64_t columns,
-                               typename E::Acc* sums, std::int64_t row_length) {
+FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_rows, const char* const* next,
+                               std::int64_t columns, typename E::Acc* sums, std::int64_t row_length) {
     using Acc = typename E::Acc;
     using Unit = typename E::Unit;
     using V = Vec<Acc>;
@@ -24,6 +26,9 @@ FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_r
     for (std::int64_t j = 0; j < whole; j += width) {
         V sum[rows];
         for (int r = 0; r < rows; ++r) sum[r] = load<V>(sums + r * row_length + j);
+        if (next != nullptr)
+#pragma GCC unroll 8
+            for (int i = 0; i < E::unit_k * depth; ++i) __builtin_prefetch(next[i] + j * size, 0, 2);
 #pragma GCC unroll 4
         for (int d = 0; d < depth; ++d) {
             const Vec<Unit> b = load_units<E>(b_rows + E::unit_k * d, j * size);
@@ -51,23 +56,26 @@ FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_r
     }
 }
 
+// The same for up to stream_depth units.
 template <class E, int rows>
-FIVEDP_NOINLINE void stream_group_rows(const typename E::Unit* a, const char* const* b_rows, std::int64_t units,
-                                       std::int64_t columns, typename E::Acc* sums, std::int64_t row_length) {
-    std::int64_t u = 0;
-    for (; u + stream_depth <= units; u += stream_depth)
-        stream_rows<E, rows, stream_depth>(a + u, b_rows + E::unit_k * u, columns, sums, row_length);
-    for (; u < units; ++u) stream_rows<E, rows, 1>(a + u, b_rows + E::unit_k * u, columns, sums, row_length);
+FIVEDP_NOINLINE void stream_group_rows(const typename E::Unit* a, const char* const* b_rows, const char* const* next,
+                                       std::int64_t units, std::int64_t columns, typename E::Acc* sums,
+                                       std::int64_t row_length) {
+    if (units == stream_depth) return stream_rows<E, rows, stream_depth>(a, b_rows, next, columns, sums, row_length);
+    for (std::int64_t u = 0; u < units; ++u)
+        stream_rows<E, rows, 1>(a + u, b_rows + E::unit_k * u, nullptr, columns, sums, row_length);
 }
 
 template <class E>
-FIVEDP_INLINE void stream_any(int rows, const typename E::Unit* a, const char* const* b_rows, std::int64_t units,
-                              std::int64_t columns, typename E::Acc* sums, std::int64_t row_length) {
-    if (rows == 1) return stream_group_rows<E, 1>(a, b_rows, units, columns, sums, row_length);
-    if (rows == 2 || stream_group == 2) return stream_group_rows<E, 2>(a, b_rows, units, columns, sums, row_length);
+FIVEDP_INLINE void stream_any(int rows, const typename E::Unit* a, const char* const* b_rows, const char* const* next,
+                              std::int64_t units, std::int64_t columns, typename E::Acc* sums,
+                              std::int64_t row_length) {
+    if (rows == 1) return stream_group_rows<E, 1>(a, b_rows, next, units, columns, sums, row_length);
+    if (rows == 2 || stream_group == 2)
+        return stream_group_rows<E, 2>(a, b_rows, next, units, columns, sums, row_length);
     if (rows == 3)
-        return stream_group_rows < E, stream_group == 2 ? 2 : 3 > (a, b_rows, units, columns, sums, row_length);
-    stream_group_rows<E, stream_group>(a, b_rows, units, columns, sums, row_length);
+        return stream_group_rows < E, stream_group == 2 ? 2 : 3 > (a, b_rows, next, units, columns, sums, row_length);
+    stream_group_rows<E, stream_group>(a, b_rows, next, units, columns, sums, row_length);
 }
 
 // The pointers to rows k_begin <= k < k_end of B at a column; the missing half of a last pair is null.
@@ -124,9 +132,13 @@ FIVEDP_NOINLINE bool stream_block(const GemmProblem& problem, const BlockRange& 
         // A few rows of B for all rows of A, so that B is read from memory once.
         for (std::int64_t u = 0; u < chain.units; u += stream_depth) {
             const std::int64_t units = chain.units - u < stream_depth ? chain.units - u : stream_depth;
+            const char* const* const at_hand = b_rows + E::unit_k * u;
+            const char* const* next = nullptr;  // whole ones: the last row of all may be missing
+            if (u + 2 * stream_depth <= chain.units && at_hand[2 * E::unit_k * stream_depth - 1] != nullptr)
+                next = at_hand + E::unit_k * stream_depth;
             for (std::int64_t row = 0; row < rows; row += stream_group)
                 stream_any<E>((int)(rows - row < stream_group ? rows - row : stream_group),
-                              packed_a + row * pass_units<E> + u, b_rows + E::unit_k * u, units, columns,
+                              packed_a + row * pass_units<E> + u, at_hand, row == 0 ? next : nullptr, units, columns,
                               sums + row * row_length, row_length);
         }
         for (int o = 0; o < chain.n_open; ++o) {
