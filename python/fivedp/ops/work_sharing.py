@@ -172,10 +172,12 @@ class SharedWork:
     def result(self, name: str) -> Array:
         """A result of this rank's job, for all of its experts."""
         item, array = self._items[name], self.own.arrays[name]
-        if item.per == "row" or self._used is None:
+        n_experts = len(self.plan.incoming.counts)
+        if item.per == "row" or self._used is None or len(self._used) == n_experts:
             return self._keep(array) if item.kept else array
-        whole = np.zeros((len(self.plan.incoming.counts), *item.tail), item.dtype)
+        whole: Array = self.mail.pool.lend((n_experts, *item.tail), item.dtype)
         whole[self._used] = array
+        whole[np.setdiff1d(np.arange(n_experts), self._used)] = 0
         return whole
 
     def end(self) -> None:
