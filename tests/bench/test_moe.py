@@ -267,6 +267,16 @@ def test_one_wrong_element_of_a_gradient_is_found_wherever_it_stands(name: str, 
     assert judged(a_case(dtype=dtype, backward=True), spoil).wrong
 
 
+@pytest.mark.parametrize("name", ["d_w_gate", "d_w_up", "d_w_down"])
+def test_a_gradient_of_an_expert_without_tokens_is_found(name: str) -> None:
+    def spoil(results: dict[str, Any], draw: np.random.Generator) -> None:
+        idle = next(g for g in results[name] if not g.any())
+        idle[-1, -1] = 1e-3
+
+    assert judged(a_case(tokens=1, backward=True)).wrong == ""
+    assert "conserve" in judged(a_case(tokens=1, backward=True), spoil).wrong
+
+
 @pytest.mark.parametrize("name", ["y", "dx", "d_w_gate", "d_router"])
 def test_what_is_not_a_number_is_wrong(name: str) -> None:
     def spoil(results: dict[str, Any], draw: np.random.Generator) -> None:
