@@ -53,10 +53,11 @@ def test_a_buffer_fits_calls_of_about_its_size(rows: int, seed: int) -> None:
     places = set()
     for more in draw.integers(0, rows // 16 + 1, 20):
         array, buffer = pool.take((rows + int(more), 16), FLOATS)
-        assert array.nbytes <= buffer.size <= max(4096, array.nbytes * 9 // 8 + 4096)
+        assert array.nbytes <= buffer.size <= array.nbytes * 7 // 6 + 4096
+        assert buffer.size <= array.nbytes * 33 // 32 + 4096 or address(array) in places
         places.add(address(array))
         pool.give(buffer)
-    assert len(places) <= 3  # sizes within a sixteenth lie in two classes
+    assert len(places) <= 5  # sizes that differ by a sixteenth, cut into at least sixty-fourths
 
 
 def test_what_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:

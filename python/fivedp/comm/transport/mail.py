@@ -50,8 +50,9 @@ def cut(flat: Buffer) -> list[Buffer]:
 class BufferPool:
     """Host buffers that are used again, for fresh pages cost as much as the copy into them, or more.
 
-    Sizes are rounded up by an eighth at most: how many rows an expert gets differs from call to call, and its buffers
-    shall fit the next. Where more is kept than may be, the sizes go that were not used for longest.
+    How many rows an expert gets differs from call to call, and its buffers shall fit the next: sizes are rounded up by
+    a thirty-second at most, and a buffer is used for what is up to an eighth smaller. Where more is kept than may be,
+    the sizes go that were not used for longest.
     """
 
     def __init__(self) -> None:
@@ -64,14 +65,15 @@ class BufferPool:
         while self._returned:
             self.give(self._returned.pop())
         n_bytes = math.prod(shape) * dtype.itemsize
-        step = max(4096, 1 << max(0, n_bytes.bit_length() - 4))
+        step = max(4096, 1 << max(0, n_bytes.bit_length() - 6))
         size = max(step, -(-n_bytes // step) * step)
-        free = self._free.get(size)
-        if free:
-            buffer = free.pop()
-            self._kept -= size
-        else:
+        fitting = (self._free.get(larger) for larger in range(size, size + size // 8 + 1, step))
+        free = next(filter(None, fitting), None)
+        if free is None:
             buffer = np.empty(size, dtype=np.uint8)
+        else:
+            buffer = free.pop()
+            self._kept -= buffer.size
         return buffer[:n_bytes].view(dtype).reshape(shape), buffer
 
     def give(self, buffer: Buffer) -> None:
