@@ -205,6 +205,9 @@ FIVEDP_INLINE void multiply_pass(const Block<E>& block, const Pass& pass, bool l
     }
 
     FetchList fetches;
+    // So fast that the next panel comes in the time of these tiles, if they are few.
+    const std::int64_t chain_lines = pass.units / pass.n_chains / 2, wanted = next_b.lines / (chain_lines + 1) + 1;
+    const int pace = (int)(wanted < FetchList::most_pairs ? wanted : FetchList::most_pairs);
     OpenSums<Acc> taken;
     for (std::int64_t row = 0, t = 0; row < rows; row += height, ++t, a += height * pass_units<E>) {
         const std::int64_t n_rows = rows - row < height ? rows - row : height;
@@ -213,7 +216,7 @@ FIVEDP_INLINE void multiply_pass(const Block<E>& block, const Pass& pass, bool l
         open = sums.open;
         for (int i = 0; i < pass.n_chains; ++i) {
             const Chain& chain = pass.chains[i];
-            clear(fetches, chain.units);
+            clear(fetches, chain.units, pace);
             taken.count = chain.n_open;
             for (int j = 0; j < chain.n_open; ++j, ++open) {
                 taken.tile[j] = open->at;

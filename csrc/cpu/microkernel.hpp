@@ -68,22 +68,25 @@ struct OpenSums {
     const Acc* tile[max_tree_depth + 2];
 };
 
-// Lines of memory to fetch into the L2 cache while a chain is summed, two for every four k: all at once they would keep
-// the packed operands from the L1 cache until the last of them has come.
+// Lines of memory to fetch into the L2 cache while a chain is summed, two for every four k, or more where few tiles
+// have much to fetch: all at once they would keep the packed operands from the L1 cache until the last of them has
+// come.
 struct FetchList {
     struct Run {
         const char* first;
         std::int64_t stride, count;
     };
-    static constexpr int most_runs = 32, few_lines = 9;
+    static constexpr int most_runs = 32, few_lines = 9, most_pairs = 3;
     int n_runs;
+    int pairs;          // of lines, for every four k
     std::int64_t room;  // lines for which there is time
     Run runs[most_runs];
 };
 
-FIVEDP_INLINE void clear(FetchList& list, std::int64_t units) {
+FIVEDP_INLINE void clear(FetchList& list, std::int64_t units, int pairs) {
     list.n_runs = 0;
-    list.room = units / 2;
+    list.pairs = pairs;
+    list.room = units / 4 * 2 * pairs;
 }
 
 // Returns how many lines there was room for. A few lines are fetched at once: a run of its own would cost more.
@@ -135,10 +138,11 @@ FIVEDP_NOINLINE void microkernel(const typename E::Unit* __restrict__ a, const t
     for (int i = 0; i < fetches.n_runs; ++i) {
         const char* line = fetches.runs[i].first;
         const std::int64_t stride = fetches.runs[i].stride;
-        for (std::int64_t left = fetches.runs[i].count; left > 0 && k + 4 <= units; left -= 2, k += 4) {
-            __builtin_prefetch(line, 0, 2);
-            __builtin_prefetch(line + stride, 0, 2);
-            line += 2 * stride;
+        for (std::int64_t left = fetches.runs[i].count; left > 0 && k + 4 <= units; left -= 2 * fetches.pairs, k += 4) {
+            for (int pair = 0; pair < fetches.pairs; ++pair, line += 2 * stride) {
+                __builtin_prefetch(line, 0, 2);
+                __builtin_prefetch(line + stride, 0, 2);
+            }
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) step(k + j);
         }
