@@ -27,7 +27,8 @@ def plans(seed: int, number: int, most: int) -> list[Plan]:
 
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (
-        ("SINGLE_STAGE_BYTES", 0), ("MIN_ROWS", 2), ("MAX_ROWS", 4), ("MIN_COLUMNS", 2), ("MAX_COLUMNS", 5),
+        ("SINGLE_STAGE_BYTES", 0), ("SINGLE_STAGE_BYTES_IN_PLACE", 0),
+        ("MIN_ROWS", 2), ("MAX_ROWS", 4), ("MIN_COLUMNS", 2), ("MAX_COLUMNS", 5),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
 

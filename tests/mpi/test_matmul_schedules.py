@@ -84,7 +84,8 @@ def listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def many_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tiles so small that little arrays take many stages."""
     for name, value in (
-        ("SINGLE_STAGE_BYTES", 0), ("MIN_ROWS", 3), ("MAX_ROWS", 5), ("MIN_COLUMNS", 4), ("MAX_COLUMNS", 7),
+        ("SINGLE_STAGE_BYTES", 0), ("SINGLE_STAGE_BYTES_IN_PLACE", 0),
+        ("MIN_ROWS", 3), ("MAX_ROWS", 5), ("MIN_COLUMNS", 4), ("MAX_COLUMNS", 7),
     ):  # fmt: skip
         monkeypatch.setattr(schedule, name, value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,11 @@ import pytest
 from mpi4py import MPI
 
 import fivedp
+from fivedp.comm import shared_window
 from fivedp.comm.grid import grid_of
+from fivedp.comm.shared_window import SharedWindow
+from fivedp.ops import prepared
+from fivedp.ops.execution import Sum
 from fivedp.ops.matmul import matmul_with
 from fivedp.ops.prepared import Prepared
 from mpi_products import (
@@ -57,10 +62,17 @@ def ordinary(*arguments: Any, **keywords: Any) -> Any:
     return matmul_with(*arguments, lambda plans: plans[0], **keywords)
 
 
+@pytest.fixture(params=[shared_window.MIN_BYTES, 1], ids=["messages", "in place"])
+def from_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """From how many bytes on a box is read where it lies: none of these tests has as many, or all have."""
+    monkeypatch.setattr(shared_window, "MIN_BYTES", request.param)
+    return int(request.param)
+
+
 def test_prepared_calls_give_the_bits_and_bytes_of_ordinary_messages(
-    comm: MPI.Intracomm, seed: int, monkeypatch: pytest.MonkeyPatch
+    comm: MPI.Intracomm, seed: int, from_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, from_bytes))
     runs = count_runs(monkeypatch)
     for (spec, axes), mode in itertools.product(CONTRACT + OTHERS, MODES):
         if mode not in in_turn(spec, comm, MODES, 2):
@@ -83,10 +95,55 @@ def test_prepared_calls_give_the_bits_and_bytes_of_ordinary_messages(
             assert same_bits(*results), (spec, mode, sizes, call)
             assert sent[0] == sent[1], (spec, mode, sizes, call)
     assert len(runs) > len(CONTRACT)
+    read_in_place = sum(len(phase.in_place) for run in set(runs) for phase in run._phases)
+    assert (read_in_place > len(CONTRACT)) == (from_bytes == 1 and grid_of(comm).shared is not None)
 
 
-def test_a_call_whose_messages_are_large_is_not_prepared(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_follow_one_another_on_other_ranks_do_not_overwrite_what_is_still_read(
+    comm: MPI.Intracomm, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_window, "MIN_BYTES", 1)
+    mesh = meshes(comm, ("r", "c"), 1)[0]
+    rng = np.random.default_rng(seed)
+    add = Sum.add
+
+    def late(self: Sum, *arguments: Any) -> None:
+        time.sleep(2e-3 * (comm.rank % 2))  # the others are in their next call by now, on the other axis
+        add(self, *arguments)
+
+    monkeypatch.setattr(Sum, "add", late)
+    for _ in range(6):
+        for axis in ("r", "c"):
+            a, b = (rng.standard_normal((24, 24)) for _ in range(2))
+            spec = f"m k/{axis}, k/{axis} n -> m n"
+            local = (fivedp.shard(a, f"m k/{axis}", mesh), fivedp.shard(b, f"k/{axis} n", mesh))
+            assert np.allclose(fivedp.sharded_matmul(*local, spec, mesh), a @ b)
+
+
+def test_a_rank_whose_shared_memory_is_full_meets_ranks_that_are_prepared(
+    comm: MPI.Intracomm, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, runs = grid_of(comm), count_runs(monkeypatch)
+    monkeypatch.setattr(shared_window, "MIN_BYTES", 1)
+    if comm.rank == 0:
+        monkeypatch.setitem(grid.cache, "arena", None)
+        monkeypatch.setattr(SharedWindow, "take", lambda self, n_bytes: None)
+    rng = np.random.default_rng((seed, 5))
+    a, b = (rng.standard_normal((37, 41)) for _ in range(2))
+    for spec in ("m/p k, k/p n -> m/p n", "m k/p, k/p n -> m n", "m k, k n/p -> m n"):
+        layout_a, layout_b, _ = layouts(spec)
+        b_whole = b.T if spec.startswith("m") else b
+        local = fivedp.shard(a, layout_a, comm), fivedp.shard(b_whole, layout_b, comm)
+        for _ in range(3):
+            c = fivedp.sharded_matmul(*local, spec, comm)
+            assert np.allclose(c, fivedp.shard(a @ b_whole, layouts(spec)[2], comm)), spec
+    if grid.shared is not None:
+        assert bool(runs) == (comm.rank != 0)
+
+
+def test_a_call_whose_buffers_are_large_is_not_prepared(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = count_runs(monkeypatch)
+    monkeypatch.setattr(prepared, "_ARENA_BYTES", 1 << 16)
     a = np.ones((512, 512), F32)
     part = fivedp.shard(a, "m/p k", comm)
     for _ in range(3):

@@ -16,6 +16,7 @@ from fivedp.comm.grid import Group
 from fivedp.comm.transport.host import HostMailbox
 from fivedp.comm.transport.mail import (
     MAX_MESSAGE_BYTES,
+    OVERFLOW,
     TAGS,
     Array,
     Buffer,
@@ -23,12 +24,13 @@ from fivedp.comm.transport.mail import (
     Mailbox,
     Receipt,
     Workspace,
+    cut,
     tag_number,
 )
 
 __all__ = [
-    "MAX_MESSAGE_BYTES", "TAGS", "Array", "Buffer", "BufferPool", "Mailbox", "Receipt", "Workspace", "mailbox",
-    "open_mailbox", "tag_number",
+    "MAX_MESSAGE_BYTES", "OVERFLOW", "TAGS", "Array", "Buffer", "BufferPool", "Mailbox", "Receipt", "Workspace", "cut",
+    "mailbox", "open_mailbox", "tag_number",
 ]  # fmt: skip
 
 

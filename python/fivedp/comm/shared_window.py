@@ -25,9 +25,11 @@ import numpy.typing as npt
 
 from fivedp.comm.lent import lend
 
-# Below this a message is cheaper than a note and an answer.
-MIN_BYTES = 32 << 10
+# Below this a message is cheaper than a note and an answer; above it, MPI takes several steps of both sides for one.
+MIN_BYTES = 8 << 10
 NOTE_WORDS = 16
+Note = npt.NDArray[np.int64]
+_SHARED, _BY_MESSAGE = 0, 1
 _FOLDER = "/dev/shm"
 _SEGMENT_BYTES = 24 << 20
 _LARGE_BYTES = 4 << 30
@@ -110,6 +112,10 @@ class SharedWindow:
         """Whether a rank of the grid shares this memory."""
         return rank in self._cells
 
+    def carries(self, rank: int, n_bytes: int) -> bool:
+        """Whether a box for a rank of the grid goes through the window: both sides come to the same answer."""
+        return n_bytes >= MIN_BYTES and rank in self._cells
+
     # -- the sender's side -----------------------------------------------------------------------------------------
 
     def take(self, n_bytes: int) -> Extent | None:
@@ -163,7 +169,34 @@ class SharedWindow:
         offset: int = array.__array_interface__["data"][0] - self._base
         return offset if 0 <= offset < self.mine.size else None
 
+    @staticmethod
+    def note(array: npt.NDArray[Any], offset: int, cell: int) -> Note:
+        """What tells a reader where an array lies and which cell to set when it has been read."""
+        note = np.zeros(NOTE_WORDS, dtype=np.int64)
+        note[:3] = _SHARED, offset, cell
+        note[3 : 3 + array.ndim] = array.strides
+        return note
+
+    @staticmethod
+    def note_of_message() -> Note:
+        """What tells a reader that the array comes as a message, because it found no room."""
+        return np.full(NOTE_WORDS, _BY_MESSAGE, dtype=np.int64)
+
     # -- the reader's side -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def by_message(note: Note) -> bool:
+        """Whether the array of a note comes as a message."""
+        return bool(note[0] == _BY_MESSAGE)
+
+    def noted(self, rank: int, note: Note, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """The array of a note, in the segment of another rank."""
+        return self.view(rank, int(note[1]), shape, tuple(note[3 : 3 + len(shape)].tolist()), dtype)
+
+    @staticmethod
+    def cell_of(note: Note) -> int:
+        """The cell to set when the array of a note has been read."""
+        return int(note[2])
 
     def view(
         self,

@@ -61,12 +61,12 @@ def timeout_s() -> float:
 class _Idle:
     """What to do between two polls: yield at first, then sleep, longer and longer.
 
-    Where ranks outnumber the cores (`crowded`), a rank that polls takes the core from a rank that computes, so it
-    sleeps sooner and longer.
+    Where ranks outnumber the cores (`crowded`), a rank that polls for long takes the core from a rank that computes, so
+    it sleeps sooner and longer; but what it waits for is often a rank that only needs the core once.
     """
 
     def __init__(self, crowded: bool = True, longest_s: float = 1e-3) -> None:
-        self.yields = 4 if crowded else 400
+        self.yields = 100 if crowded else 400
         self.longest_s = longest_s
         self.pause_s = min(longest_s, 100e-6 if crowded else 20e-6)
 

@@ -24,6 +24,8 @@ from fivedp.layout.shares import Box, Range, border, intersect, volume
 
 # A call whose messages fit here is one stage: nothing is gained by overlapping it.
 SINGLE_STAGE_BYTES = 256 * 1024
+# Where ranks read in place there is no transfer to hide, and every stage is one more time to wait for the others.
+SINGLE_STAGE_BYTES_IN_PLACE = 1024 * 1024
 # Heights and widths of tiles: enough rows to pay for packing B again, one or two of the kernel's own blocks of C.
 MIN_ROWS, MAX_ROWS = 256, 512
 MIN_COLUMNS, MAX_COLUMNS = 256, 1024
@@ -82,7 +84,8 @@ class Schedule:
         self.plan, self.rank, self.in_place = plan, rank, in_place
         self.n_ranks = plan.family.n_ranks
         if single_stage is None:
-            single_stage = plan.bytes_total <= SINGLE_STAGE_BYTES * self.n_ranks
+            least = SINGLE_STAGE_BYTES_IN_PLACE if in_place else SINGLE_STAGE_BYTES
+            single_stage = plan.bytes_total <= least * self.n_ranks
         self.single_stage = single_stage
         self.tilings = [self._tiling(r) for r in range(self.n_ranks)]
         self.tiling = self.tilings[rank]

@@ -366,10 +366,11 @@ class _Run:
                 mail.release(receipt)
         if stage.replica_receives or stage.replica_sends:
             self._exchange_replicas(number)
-        if number - 1 in self.partials:
+        if number and self.stages[number - 1].result_sends:
             # Slower ranks may still read the tile of this stage; that of the stage before is free.
             mail.flush(number - 1, _RESULT_TAGS)
-            mail.give_workspace(self.partials.pop(number - 1))
+            if number - 1 in self.partials:
+                mail.give_workspace(self.partials.pop(number - 1))
 
     def _exchange_replicas(self, number: int) -> None:
         mail, stage, tag = self.mail, self.stages[number], TAGS["replica"]

@@ -4,9 +4,9 @@ Where every message of a call is small, its cost is Python's: a buffer, a reques
 depends on the values, so it is made once per execution: persistent requests on fixed buffers, and lists of what is
 copied where. A call then copies, starts the requests, multiplies, and starts those of the partial results.
 
-The messages are those of `comm.messages` (same tags, same order, each below the size from which boxes lie in the shared
-window), so a rank may take this way whatever the others do. Calls of one grid follow one another, so all of its
-executions share one arena of buffers.
+The messages are those of `comm.messages` (same tags, same order, notes of what lies in the shared window), so a rank
+may take this way whatever the others do. Calls of one grid follow one another, so all of its executions share one arena
+of buffers, which lies in the window where there is one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from fivedp.comm.grid import Group
-from fivedp.comm.messages import TAGS, tag_number
-from fivedp.comm.shared_window import MIN_BYTES
+from fivedp.comm import shared_window
+from fivedp.comm.grid import Group, RankGrid
+from fivedp.comm.messages import OVERFLOW, TAGS, cut, tag_number
+from fivedp.comm.shared_window import NOTE_WORDS, SharedWindow
 from fivedp.layout.shares import Box, local_slices, shape_of
 from fivedp.ops.contraction import Recipe
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Array = Any
 Slices = tuple[slice, ...]
-_ARENA_BYTES = 1 << 20
+_ARENA_BYTES = 4 << 20
 _LINE = 64
 
 
@@ -38,13 +39,97 @@ class TooLarge(Exception):
     """The messages or the buffers of a call are not small."""
 
 
+class _Arena:
+    """The buffers of a grid's prepared calls, and the cells that say whether the others have read them.
+
+    What was sent in place may still be read when its call has ended; the next call waits for that before it writes.
+    """
+
+    def __init__(self, grid: RankGrid) -> None:
+        self.grid, self.window = grid, grid.shared
+        extent = None if self.window is None else self.window.take(_ARENA_BYTES)
+        self.memory: npt.NDArray[np.uint8] = (
+            np.empty(_ARENA_BYTES, np.uint8)
+            if extent is None or self.window is None
+            else self.window.array(extent, (_ARENA_BYTES,), np.dtype(np.uint8))
+        )
+        self._cells: list[int] = []
+        self._readers: list[int] = []
+        """The ranks that set the first of the cells, since the last call."""
+
+    def cell(self, number: int) -> int:
+        """The cell for the box that a call sends in place as its `number`-th."""
+        assert self.window is not None
+        while len(self._cells) <= number:
+            cell = self.window.take_cell()
+            if cell is None:
+                raise TooLarge
+            self._cells.append(cell)
+        return self._cells[number]
+
+    def settle(self, what: str) -> None:
+        """Wait until what the last call sent in place has been read."""
+        if not self._readers:
+            return
+        assert self.window is not None
+        read, cells, readers = self.window.my_cells, self._cells[: len(self._readers)], self._readers
+        self.grid.watchdog.wait_until(
+            lambda: bool(read[cells].all()),
+            lambda: sorted({rank for rank, cell in zip(readers, cells, strict=True) if not read[cell]}),
+            what,
+        )
+        self._readers = []
+
+    def expect(self, readers: list[int]) -> None:
+        """A call begins that sends boxes in place to these ranks, in this order."""
+        if readers:
+            assert self.window is not None
+            self.window.my_cells[self._cells[: len(readers)]] = 0
+            self._readers = readers
+
+
+def _arena_of(grid: RankGrid) -> _Arena:
+    arena = grid.cache.get("arena")
+    if not isinstance(arena, _Arena):
+        arena = grid.cache["arena"] = _Arena(grid)
+    return arena
+
+
+class _Incoming:
+    """What a member sends; `array` can be read when its phase has been carried out."""
+
+    __slots__ = ("array", "cell", "dtype", "note", "number", "peer", "seen", "shape")
+
+    def __init__(self, array: Array, shape: tuple[int, ...], dtype: Any, peer: int, number: int) -> None:
+        self.array, self.shape, self.dtype, self.peer, self.number = array, shape, dtype, peer, number
+        self.note = np.empty(NOTE_WORDS, np.int64)
+        self.seen = b""
+        self.cell = -1
+
+    def locate(self, window: SharedWindow) -> bool:
+        """Find the array that the note tells of; False where it comes as a message."""
+        found = self.note.tobytes()
+        if found == self.seen:  # where it lay in the last call
+            return True
+        self.seen, self.cell = b"", -1
+        if SharedWindow.by_message(self.note):
+            return False
+        self.array = window.noted(self.peer, self.note, self.shape, self.dtype)
+        self.seen, self.cell = found, SharedWindow.cell_of(self.note)
+        return True
+
+
 class _Phase:
     """The messages of one exchange, as persistent requests."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, arena: _Arena, readers: list[int]) -> None:
+        self.group, self.arena, self.window = group, arena, arena.window
         self.received: list[tuple[Array, int, int]] = []
         self.sent: list[tuple[Array, int, int]] = []
+        self.counted: list[tuple[int, int]] = []
+        self.in_place: list[_Incoming] = []
+        self.readers = readers
+        """The ranks that read boxes of the whole call in place; a cell belongs to each."""
         self.requests: list[MPI.Prequest] = []
         self.peers: list[int] = []
 
@@ -56,29 +141,77 @@ class _Phase:
                 self.requests.append(make([buffer, MPI.BYTE], rank, tag))
                 self.peers.append(rank)
 
-    def receive(self, buffer: Array, peer: int, tag: int) -> None:
-        """Add a message from a member; an empty one is not sent."""
-        self._add(self.received, buffer, peer, tag)
+    def carries(self, peer: int, n_bytes: int) -> bool:
+        """Whether a member reads a box where it lies."""
+        return self.window is not None and self.window.carries(self.group.members[peer], n_bytes)
 
-    def send(self, buffer: Array, peer: int, tag: int) -> None:
-        """Add a message to a member."""
-        self._add(self.sent, buffer, peer, tag)
-
-    def _add(self, entries: list[tuple[Array, int, int]], buffer: Array, peer: int, tag: int) -> None:
-        if buffer.nbytes >= MIN_BYTES:
+    def receive(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, take: Any) -> _Incoming:
+        """Add what a member sends; `take` makes a buffer for a message."""
+        dtype = np.dtype(dtype)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        rank, number = self.group.members[peer], tag_number(self.group, tag)
+        in_place = self.carries(peer, n_bytes)
+        if n_bytes >= shared_window.MIN_BYTES and not in_place:
             raise TooLarge
-        if buffer.size:
-            entries.append((buffer.reshape(-1).view(np.uint8), self.group.members[peer], tag_number(self.group, tag)))
+        incoming = _Incoming(None if in_place else take(shape, dtype), shape, dtype, rank, number + OVERFLOW)
+        if in_place:
+            self.in_place.append(incoming)
+            self.received.append((incoming.note.view(np.uint8), rank, number))
+        elif n_bytes:
+            self.received.append((_flat(incoming.array), rank, number))
+        return incoming
+
+    def send(self, box: Array, peer: int, tag: int) -> None:
+        """Add a box of the arena for a member: contiguous unless it is read where it lies; an empty one is not sent."""
+        if not box.size:
+            return
+        rank, number = self.group.members[peer], tag_number(self.group, tag)
+        self.counted.append((rank, box.nbytes))
+        if not self.carries(peer, box.nbytes):
+            if box.nbytes >= shared_window.MIN_BYTES:
+                raise TooLarge
+            self.sent.append((_flat(box), rank, number))
+            return
+        assert self.window is not None
+        offset = self.window.offset_of(box)
+        if offset is None:
+            raise TooLarge
+        note = self.window.note(box, offset, self.arena.cell(len(self.readers)))
+        self.readers.append(rank)
+        self.sent.append((note.view(np.uint8), rank, number))
 
     def carry_out(self, what: str) -> None:
         """Send and receive everything."""
         if not self.requests:
             return
         grid = self.group.grid
-        for buffer, rank, _ in self.sent:
-            grid.traffic.count(rank, buffer.nbytes)
+        for rank, n_bytes in self.counted:
+            grid.traffic.count(rank, n_bytes)
         MPI.Prequest.Startall(self.requests)
         grid.watchdog.wait(self.requests, self.peers, what)
+        if self.in_place:
+            assert self.window is not None
+            window = self.window
+            messages = [incoming for incoming in self.in_place if not incoming.locate(window)]
+            if messages:
+                self._receive(messages, what)
+
+    def _receive(self, messages: list[_Incoming], what: str) -> None:
+        """Receive what the shared memory of its sender had no room for."""
+        grid, requests, peers = self.group.grid, [], []
+        for incoming in messages:
+            incoming.array = np.empty(incoming.shape, incoming.dtype)
+            for part in cut(_flat(incoming.array)):
+                requests.append(grid.data.Irecv([part, MPI.BYTE], incoming.peer, incoming.number))
+                peers.append(incoming.peer)
+        grid.watchdog.wait(requests, peers, what)
+
+    def release(self) -> None:
+        """This rank has read what was sent to it."""
+        for incoming in self.in_place:
+            if incoming.cell >= 0:
+                assert self.window is not None
+                self.window.acknowledge(incoming.peer, incoming.cell)
 
     def close(self) -> None:
         """Free the requests, none of which is under way."""
@@ -90,6 +223,11 @@ class _Phase:
         for request in self.requests[: len(self.received)]:
             if not request.Test():
                 request.Cancel()
+
+
+def _flat(array: Array) -> npt.NDArray[np.uint8]:
+    flat: npt.NDArray[np.uint8] = array.reshape(-1).view(np.uint8)
+    return flat
 
 
 class Prepared:
@@ -117,11 +255,14 @@ class Prepared:
         self.x, self.alpha, self.beta = execution, alpha, beta
         self.stage = execution.stages[0]
         group = execution.group
-        self._arena: npt.NDArray[np.uint8] = group.grid.cache.setdefault("arena", np.empty(_ARENA_BYTES, np.uint8))
+        self._phases: tuple[_Phase, ...] = ()
+        self._arena = _arena_of(group.grid)
         self._used = 0
         self.finished_at_source = execution.finished_at_source(beta)
         self.partial_dtype = np.dtype(out.dtype if self.finished_at_source else wire)
-        self.inputs, self.results, self.replicas = self._phases = _Phase(group), _Phase(group), _Phase(group)
+        self.readers: list[int] = []
+        self._phases = tuple(_Phase(group, self._arena, self.readers) for _ in range(3))
+        self.inputs, self.results, self.replicas = self._phases
         self._prepare_inputs({"A": a, "B": b})
         self._prepare_results()
         self._prepare_replicas(out.dtype)
@@ -142,28 +283,27 @@ class Prepared:
         self._used = start + -(-n_bytes // _LINE) * _LINE
         if self._used > _ARENA_BYTES:
             raise TooLarge
-        return self._arena[start : start + n_bytes].view(dtype).reshape(shape)
+        return self._arena.memory[start : start + n_bytes].view(dtype).reshape(shape)
 
     def _prepare_inputs(self, inputs: dict[str, Array]) -> None:
         x = self.x
         self.packs: list[tuple[bool, Slices, Array]] = []
         """(whether of B, which part of the share, the buffer that is sent)."""
-        self.joins: list[tuple[Array, Slices, bool, Array | Slices]] = []
-        """(a panel, a place in it, whether of B, what is copied there: a buffer or a part of the share)."""
-        self.parts: dict[str, list[Array | Slices]] = {}
-        """Of A and B where they move: the buffers, and parts of the share, that the tile reads."""
+        self.joins: list[tuple[Array, Slices, bool, _Incoming | Slices]] = []
+        """(a panel, a place in it, whether of B, what is copied there: a message or a part of the share)."""
+        self.parts: dict[str, list[Array | _Incoming | Slices]] = {}
+        """Of A and B where they move: the panels, messages, and parts of the share, that the tile reads."""
         self.boxes: dict[str, tuple[Box, ...]] = {}
         for tensor, panel, parts in self.stage.panels:
             dtype, is_b = inputs[tensor].dtype, tensor == "B"
-            boxes, found = [], []
+            boxes: list[Box] = []
+            found: list[Any] = []
             for part in parts:
                 boxes.append(part.box)
                 if part.slices is not None:
                     found.append(part.slices)
                     continue
-                buffer = self._take(shape_of(part.box), dtype)
-                self.inputs.receive(buffer, part.source, TAGS[tensor])
-                found.append(buffer)
+                found.append(self.inputs.receive(shape_of(part.box), dtype, part.source, TAGS[tensor], self._take))
             if len(found) > 1 and x.must_join[tensor][panel]:
                 whole = x.schedule.tiling.panels[tensor][panel].box
                 joined = self._take(shape_of(whole), dtype)
@@ -184,29 +324,32 @@ class Prepared:
         x, stage = self.x, self.stage
         self.partial: Array | None = None
         self.result_packs: list[tuple[Slices, Array]] = []
-        self.sums: list[tuple[Sum, list[Array]]] = []
+        self.sums: list[tuple[Sum, list[_Incoming]]] = []
         if not x.moves_result:
             return
         if stage.tile is not None and not (self.finished_at_source and stage.inside):
             self.partial = self._take((len(x.spans), *shape_of(stage.tile)), self.partial_dtype)
         for total in stage.sums:
-            arrays = []
-            for peer, shape in total.receives:
-                arrays.append(self._take(shape, self.partial_dtype))
-                self.results.receive(arrays[-1], peer, TAGS["C"])
-            self.sums.append((total, arrays))
+            receive, tag = self.results.receive, TAGS["C"]
+            incoming = [receive(shape, self.partial_dtype, peer, tag, self._take) for peer, shape in total.receives]
+            self.sums.append((total, incoming))
+        packed: dict[str, Array] = {}
         for peer, slices in stage.result_sends:
-            buffer = self._take((len(x.spans), *_extents(slices[1:])), self.partial_dtype)
-            self.result_packs.append((slices, buffer))
-            self.results.send(buffer, peer, TAGS["C"])
+            box = None if self.partial is None else self.partial[slices]
+            if box is None or not self.results.carries(peer, box.nbytes):
+                key = repr(slices)
+                if key not in packed:
+                    packed[key] = self._take((len(x.spans), *_extents(slices[1:])), self.partial_dtype)
+                    self.result_packs.append((slices, packed[key]))
+                box = packed[key]
+            self.results.send(box, peer, TAGS["C"])
 
     def _prepare_replicas(self, dtype: Any) -> None:
         self.replica_packs: list[tuple[Slices, Array]] = []
-        self.replica_parts: list[tuple[Slices, Array]] = []
+        self.replica_parts: list[tuple[Slices, _Incoming]] = []
         for peer, shape, slices in self.stage.replica_receives:
-            buffer = self._take(shape, dtype)
-            self.replicas.receive(buffer, peer, TAGS["replica"])
-            self.replica_parts.append((slices, buffer))
+            incoming = self.replicas.receive(shape, dtype, peer, TAGS["replica"], self._take)
+            self.replica_parts.append((slices, incoming))
         packed: dict[str, Array] = {}
         for peer, slices in self.stage.replica_sends:
             key = repr(slices)
@@ -235,22 +378,27 @@ class Prepared:
             raise
 
     def _run(self, a: Array, b: Array, out: Array, what: str) -> None:
+        self._arena.settle(what)
+        self._arena.expect(self.readers)
         for is_b, slices, buffer in self.packs:
             buffer[...] = (b if is_b else a)[slices]
         self.inputs.carry_out(what)
         for joined, place, is_b, part in self.joins:
-            joined[place] = (b if is_b else a)[part] if type(part) is tuple else part
+            joined[place] = part.array if isinstance(part, _Incoming) else (b if is_b else a)[part]
         if self.stage.tile is not None:
             self._multiply(a, b, out)
+        self.inputs.release()
         if self.x.moves_result:
             self.results.carry_out(what)
-            for total, arrays in self.sums:
-                self._finish(total, arrays, out)
+            for total, partials in self.sums:
+                self._finish(total, [partial.array for partial in partials], out)
+            self.results.release()
             for slices, buffer in self.replica_packs:
                 buffer[...] = out[slices]
             self.replicas.carry_out(what)
-            for slices, buffer in self.replica_parts:
-                out[slices] = buffer
+            for slices, replica in self.replica_parts:
+                out[slices] = replica.array
+            self.replicas.release()
 
     def _multiply(self, a: Array, b: Array, out: Array) -> None:
         x, alpha = self.x, self.alpha
@@ -271,7 +419,10 @@ class Prepared:
         parts = self.parts.get(tensor)
         if parts is None:
             return [own]
-        return [own[part] if type(part) is tuple else part for part in parts]
+        return [
+            part.array if isinstance(part, _Incoming) else own[part] if isinstance(part, tuple) else part
+            for part in parts
+        ]
 
     def _tile(self, out: Array) -> Array:
         """(subtrees, tile): where this rank's tile is computed."""

@@ -20,10 +20,8 @@ from mpi4py import MPI
 
 from fivedp.comm import shared_window
 from fivedp.comm.grid import Group
-from fivedp.comm.shared_window import NOTE_WORDS
+from fivedp.comm.shared_window import NOTE_WORDS, SharedWindow
 from fivedp.comm.transport.mail import OVERFLOW, PROBE_TAG, Array, Buffer, Mailbox, Receipt, Workspace, cut
-
-_SHARED, _BY_MESSAGE = 0, 1
 
 
 @dataclass(slots=True)
@@ -63,9 +61,7 @@ class HostMailbox(Mailbox):
         self._receiving: list[Receipt] = []
 
     def _in_window(self, rank: int, n_bytes: int) -> bool:
-        """Whether a box goes through the shared window: both sides come to the same answer."""
-        window = self._window
-        return window is not None and n_bytes >= shared_window.MIN_BYTES and window.reaches(rank)
+        return self._window is not None and self._window.carries(rank, n_bytes)
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
@@ -118,7 +114,7 @@ class HostMailbox(Mailbox):
         grid, number = self.group.grid, self._first_tag + tag
         grid.traffic.count(rank, host.nbytes)
         if note:
-            words = np.full(NOTE_WORDS, _BY_MESSAGE, dtype=np.int64)
+            words = SharedWindow.note_of_message()
             self._sent.append(_Sent(tag, stage, rank, [grid.data.Isend([words, MPI.INT64_T], rank, number)], words))
             number += OVERFLOW
         requests = [grid.data.Isend([part, MPI.BYTE], rank, number) for part in cut(host.reshape(-1).view(np.uint8))]
@@ -157,9 +153,7 @@ class HostMailbox(Mailbox):
                 box.array[...] = array
             box.readers += 1
             array, offset = box.array, box.extent[0]
-        note = np.zeros(NOTE_WORDS, dtype=np.int64)
-        note[:3] = _SHARED, offset, cell
-        note[3 : 3 + array.ndim] = array.strides
+        note = window.note(array, offset, cell)
         request = self.group.grid.data.Isend([note, MPI.INT64_T], rank, self._first_tag + tag)
         self._sent.append(_Sent(tag, stage, rank, [request], note, cell=cell, box=box))
         return True
@@ -231,19 +225,18 @@ class HostMailbox(Mailbox):
 
     def wait(self, receipts: list[Receipt]) -> None:
         self._wait_requests(receipts)
-        overflow = [receipt for receipt in receipts if receipt.note is not None and receipt.note[0] == _BY_MESSAGE]
+        overflow = [r for r in receipts if r.note is not None and SharedWindow.by_message(r.note)]
         for receipt in overflow:
             receipt.number += OVERFLOW
             self._post(receipt)
         self._wait_requests(overflow)
         for receipt in receipts:
             note = receipt.note
-            if note is not None and note[0] == _SHARED:
+            if note is not None and not SharedWindow.by_message(note):
                 assert self._window is not None
-                strides = tuple(note[3 : 3 + len(receipt.shape)].tolist())
                 shape, receipt.whole = receipt.whole_shape or receipt.shape, receipt.whole_shape is not None
-                receipt.array = self._window.view(receipt.peer, int(note[1]), shape, strides, receipt.dtype)
-                receipt.cell = int(note[2])
+                receipt.array = self._window.noted(receipt.peer, note, shape, receipt.dtype)
+                receipt.cell = SharedWindow.cell_of(note)
             receipt.note = None
             if receipt.target is not None:
                 receipt.target[...] = receipt.array
