@@ -123,13 +123,13 @@ class Schedule:
             return 0, 0
         height = self._length(brick, self.row_index)
         # Two panels of every moving operand in flight, each at most its part of the budget.
-        each = self.budget_bytes // (2 * len(moved))
+        each = self.budget_bytes // (2 * (len(moved) - bool(self.stays)))
         rows = columns = 0
         if "A" in moved:
-            rows = max(MIN_ROWS, min(MAX_ROWS, each // (self._depth("A") * plan.itemsizes.a)))
+            fitting = MAX_ROWS if self.stays == "A" else each // (self._depth("A") * plan.itemsizes.a)
+            rows = max(MIN_ROWS, min(MAX_ROWS, fitting))
         if "B" in moved:
-            # Where A moves too, B's panels stay once they have come: narrow ones would save nothing.
-            fitting = MAX_COLUMNS if "A" in moved else each // (self._depth("B") * plan.itemsizes.b)
+            fitting = MAX_COLUMNS if self.stays == "B" else each // (self._depth("B") * plan.itemsizes.b)
             columns = max(MIN_COLUMNS, min(MAX_COLUMNS, fitting))
         if "C" in moved and plan.total_nodes > 1:
             # Two tiles of partial sums are being added while the next is made; those of others may have to be received.
@@ -138,8 +138,20 @@ class Schedule:
             fitting = self.budget_bytes // len(moved) // (tiles * plan.itemsizes.partial * rows)
             columns = min(columns or MAX_TILE // rows, max(MIN_TILE // rows, fitting))
         elif "C" in moved and not rows and not columns:
-            rows = MAX_ROWS
+            rows, columns = MAX_ROWS, MAX_COLUMNS
         return rows, columns
+
+    @cached_property
+    def stays(self) -> str:
+        """Of A and B, if both move, the one whose panels stay once they have come: that which needs less memory.
+
+        The other's come and go. Narrow panels of what stays would save nothing.
+        """
+        plan = self.plan
+        if not (plan.moves("A") and plan.moves("B")):
+            return ""
+        a, b = (volume(plan.needed(x, 0)) * size for x, size in zip("AB", plan.itemsizes[:2], strict=True))
+        return "A" if a < b else "B"
 
     def _depth(self, tensor: str) -> int:
         """Summed elements in a row of A's panel (or column of B's) that take memory on one rank."""
@@ -195,7 +207,7 @@ class Schedule:
         rows, columns = self._tile_size()
         row_ranges = self._ranges(self.row_index, rows, rank, "AC")
         column_ranges = self._ranges(self.column_index, columns, rank, "BC")
-        if plan.moves("B") and not plan.moves("A"):
+        if plan.moves("B") and self.stays != "B":
             pairs = [(i, j) for j in range(len(column_ranges)) for i in range(len(row_ranges))]
         else:
             pairs = [(i, j) for i in range(len(row_ranges)) for j in range(len(column_ranges))]
