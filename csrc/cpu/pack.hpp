@@ -224,12 +224,11 @@ FIVEDP_INLINE Vec<typename E::Unit> load_units(const char* const* rows, std::int
     if constexpr (sizeof(Source) == sizeof(Unit)) {
         return load<Vec<Unit>>(rows[0] + at);
     } else {
-        typedef Source Halves __attribute__((vector_size(FIVEDP_VECTOR_BYTES / 2)));
-        const auto low = __builtin_convertvector(load<Halves>(rows[0] + at), Vec<std::uint32_t>);
-        if constexpr (E::unit_k == 1) return (Vec<Unit>)(low << 16);
+        const Halves first = load<Halves>(rows[0] + at);
+        if constexpr (E::unit_k == 1) return (Vec<Unit>)widened(first);
+        const auto low = __builtin_convertvector(first, Vec<std::uint32_t>);
         if (rows[E::unit_k - 1] == nullptr) return (Vec<Unit>)low;
-        return (Vec<Unit>)(low | __builtin_convertvector(load<Halves>(rows[E::unit_k - 1] + at), Vec<std::uint32_t>)
-                                     << 16);
+        return (Vec<Unit>)(low | (Vec<std::uint32_t>)widened(load<Halves>(rows[E::unit_k - 1] + at)));
     }
 }
 
