@@ -77,16 +77,11 @@ namespace {
 
 template <class E>
 constexpr GemmKernel gemm_kernel() {
-    return {tile_rows,
-            tile_columns<typename E::Acc>,
-            E::unit_k,
-            sizeof(typename E::Unit),
-            pass_units<E>,
-            sizeof(typename E::Acc),
-            FIVEDP_STRIP_BYTES,
-            FIVEDP_ROUND_PASSES,
-            8,  // beyond 8 rows packing B costs less than reading its sums again and again
-            &gemm_block<E>,
+    return {tile_rows,          tile_columns<typename E::Acc>,
+            E::unit_k,          sizeof(typename E::Unit),
+            pass_units<E>,      sizeof(typename E::Acc),
+            FIVEDP_STRIP_BYTES, FIVEDP_ROUND_PASSES,
+            stream_most_rows,   &gemm_block<E>,
             &stream_block<E>};
 }
 

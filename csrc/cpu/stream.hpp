@@ -1,18 +1,28 @@
-// A few rows of A against a large B that lies contiguous along n (decoding: m = 1 .. 8): B is read once, where it lies.
+// A few rows of A against a large B that lies contiguous along n (decoding): B is read once, where it lies.
 //
 // The sums of a strip of columns stay in the L1 cache while rows of B pass by, four at a time; each element is the same
 // chain in the same order as in the tiled kernel. The strip is as wide as the cache allows, so that the rows of B are
-// read in long runs; the four that come next are fetched into the L2 cache meanwhile, for no run is so long that the
-// hardware would keep ahead.
+// read in long runs. Rows that come later are fetched into the L2 cache meanwhile, for no run is so long that the
+// hardware would keep ahead; every group of rows of A fetches its part of them, so that memory never rests.
 
 // Rows of A multiplied at a time, so that their 4 numbers each stay in registers.
 static constexpr int stream_group = FIVEDP_VECTOR_BYTES >= 64 ? 4 : 2;
 static constexpr int stream_depth = 4;
+// With more rows packing B costs less than reading their sums again and again.
+static constexpr int stream_most_rows = FIVEDP_VECTOR_BYTES >= 64 ? 10 : 8;
+// How many times stream_depth ahead rows of B are fetched.
+static constexpr int stream_ahead = 3;
 
-// Units u_begin <= u < u_begin + depth of `rows` rows of A times the same rows of B, added to sums[row][column]; as
-// many rows of `next` are fetched, where it is not null.
+// Rows of B that come later, to be fetched; a missing half of a last pair among them does no harm.
+struct NextRows {
+    const char* const* rows;
+    int count;
+};
+
+// Units u_begin <= u < u_begin + depth of `rows` rows of A times the same rows of B, added to sums[row][column], while
+// the same columns of `next` are fetched.
 template <class E, int rows, int depth>
-FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_rows, const char* const* next,
+FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_rows, NextRows next,
                                std::int64_t columns, typename E::Acc* sums, std::int64_t row_length) {
     using Acc = typename E::Acc;
     using Unit = typename E::Unit;
@@ -26,9 +36,7 @@ FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_r
     for (std::int64_t j = 0; j < whole; j += width) {
         V sum[rows];
         for (int r = 0; r < rows; ++r) sum[r] = load<V>(sums + r * row_length + j);
-        if (next != nullptr)
-#pragma GCC unroll 8
-            for (int i = 0; i < E::unit_k * depth; ++i) __builtin_prefetch(next[i] + j * size, 0, 2);
+        for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.rows[i] + j * size, 0, 2);
 #pragma GCC unroll 4
         for (int d = 0; d < depth; ++d) {
             const Vec<Unit> b = load_units<E>(b_rows + E::unit_k * d, j * size);
@@ -58,16 +66,16 @@ FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_r
 
 // The same for up to stream_depth units.
 template <class E, int rows>
-FIVEDP_NOINLINE void stream_group_rows(const typename E::Unit* a, const char* const* b_rows, const char* const* next,
+FIVEDP_NOINLINE void stream_group_rows(const typename E::Unit* a, const char* const* b_rows, NextRows next,
                                        std::int64_t units, std::int64_t columns, typename E::Acc* sums,
                                        std::int64_t row_length) {
     if (units == stream_depth) return stream_rows<E, rows, stream_depth>(a, b_rows, next, columns, sums, row_length);
     for (std::int64_t u = 0; u < units; ++u)
-        stream_rows<E, rows, 1>(a + u, b_rows + E::unit_k * u, nullptr, columns, sums, row_length);
+        stream_rows<E, rows, 1>(a + u, b_rows + E::unit_k * u, {nullptr, 0}, columns, sums, row_length);
 }
 
 template <class E>
-FIVEDP_INLINE void stream_any(int rows, const typename E::Unit* a, const char* const* b_rows, const char* const* next,
+FIVEDP_INLINE void stream_any(int rows, const typename E::Unit* a, const char* const* b_rows, NextRows next,
                               std::int64_t units, std::int64_t columns, typename E::Acc* sums,
                               std::int64_t row_length) {
     if (rows == 1) return stream_group_rows<E, 1>(a, b_rows, next, units, columns, sums, row_length);
@@ -118,28 +126,43 @@ FIVEDP_NOINLINE bool stream_block(const GemmProblem& problem, const BlockRange& 
         return name > first_strip_slot ? tile_slots + (first_tile_slot - name) * slot_size
                                        : strip_slots + (first_strip_slot - name) * slot_size;
     };
-    const char* b_rows[k_block + 2];
+    constexpr int n_at_hand = E::unit_k * stream_depth;
+    const int groups = (int)((rows + stream_group - 1) / stream_group);
+    const char* row_lists[2][k_block + 2];  // of this chain and of the next
+    const char** b_rows = row_lists[0];
+    const char** next_rows = row_lists[1];
+    const auto find_rows = [&](const Chain& chain, const char** to) {
+        rows_of_b<E>(problem.b, range.batch, range.n_begin, chain.k_begin, chain.k_end, to);
+    };
 
     // The chains of all rounds lie one after the other.
     const Chain* const first = problem.rounds[0].passes[0].chains;
     const Round& last_round = problem.rounds[problem.n_rounds - 1];
     const Pass& last_pass = last_round.passes[last_round.n_passes - 1];
-    for (const Chain* at = first; at != last_pass.chains + last_pass.n_chains; ++at) {
+    const Chain* const end_of_chains = last_pass.chains + last_pass.n_chains;
+    find_rows(*first, b_rows);
+    for (const Chain* at = first; at != end_of_chains; ++at) {
         const Chain& chain = *at;
+        const std::int64_t next_units = at + 1 != end_of_chains ? at[1].units : 0;
+        if (next_units != 0) find_rows(at[1], next_rows);
         pack_a<E>(problem.a, range.batch, range.m_begin, rows, chain.k_begin, chain.k_end, packed_a);
-        rows_of_b<E>(problem.b, range.batch, range.n_begin, chain.k_begin, chain.k_end, b_rows);
         for (std::int64_t j = 0; j < slot_size; j += width) store(sums + j, V{});
         // A few rows of B for all rows of A, so that B is read from memory once.
         for (std::int64_t u = 0; u < chain.units; u += stream_depth) {
             const std::int64_t units = chain.units - u < stream_depth ? chain.units - u : stream_depth;
-            const char* const* const at_hand = b_rows + E::unit_k * u;
-            const char* const* next = nullptr;  // whole ones: the last row of all may be missing
-            if (u + 2 * stream_depth <= chain.units && at_hand[2 * E::unit_k * stream_depth - 1] != nullptr)
-                next = at_hand + E::unit_k * stream_depth;
-            for (std::int64_t row = 0; row < rows; row += stream_group)
-                stream_any<E>((int)(rows - row < stream_group ? rows - row : stream_group),
-                              packed_a + row * pass_units<E> + u, at_hand, row == 0 ? next : nullptr, units, columns,
+            const std::int64_t ahead = u + stream_ahead * stream_depth, beyond = ahead - chain.units;
+            NextRows next = {nullptr, 0};
+            if (beyond + stream_depth <= 0)
+                next = {b_rows + E::unit_k * ahead, n_at_hand};
+            else if (beyond >= 0 && beyond + stream_depth <= next_units)
+                next = {next_rows + E::unit_k * beyond, n_at_hand};
+            for (int group = 0; group < groups; ++group) {
+                const std::int64_t row = rows * group / groups;
+                const int begin = next.count * group / groups, end = next.count * (group + 1) / groups;
+                stream_any<E>((int)(rows * (group + 1) / groups - row), packed_a + row * pass_units<E> + u,
+                              b_rows + E::unit_k * u, {next.rows + begin, end - begin}, units, columns,
                               sums + row * row_length, row_length);
+            }
         }
         for (int o = 0; o < chain.n_open; ++o) {
             const Acc* open = slot_of(chain.open[o]);
@@ -157,6 +180,9 @@ FIVEDP_NOINLINE bool stream_block(const GemmProblem& problem, const BlockRange& 
             for (std::int64_t j = 0; j < slot_size; j += width) store(to + j, load<V>(sums + j));
         }
         if (!poll.call(poll.context)) return false;
+        const char** const done = b_rows;
+        b_rows = next_rows;
+        next_rows = done;
     }
     return true;
 }

@@ -69,7 +69,7 @@ def test_bits_of_a_part_of_the_result_are_those_of_the_whole(rng: np.random.Gene
     m, n = 61, 230
     a, b = draw(rng, (m, k), dtype), draw(rng, (k, n), dtype)
     whole = product(a, b, np.float32 if dtype == BF16 else None)
-    for rows in (1, 2, 3, 5, 8, 9, 17, 31):
+    for rows in (1, 2, 3, 5, 8, 9, 10, 11, 17, 31):
         for columns in (1, 3, 40, 130, n):
             i, j = int(rng.integers(m - rows + 1)), int(rng.integers(n - columns + 1))
             part = product(a[i : i + rows], b[:, j : j + columns], whole.dtype)
