@@ -13,7 +13,7 @@ static constexpr int stream_most_rows = FIVEDP_VECTOR_BYTES >= 64 ? 10 : 8;
 // How many times stream_depth ahead rows of B are fetched.
 static constexpr int stream_ahead = 3;
 
-// Rows of B that come later, to be fetched; a missing half of a last pair among them does no harm.
+// Rows of B that come later, to be fetched. A missing half of a last pair is null, and fetching there does no harm.
 struct NextRows {
     const char* const* rows;
     int count;
@@ -36,7 +36,8 @@ FIVEDP_INLINE void stream_rows(const typename E::Unit* a, const char* const* b_r
     for (std::int64_t j = 0; j < whole; j += width) {
         V sum[rows];
         for (int r = 0; r < rows; ++r) sum[r] = load<V>(sums + r * row_length + j);
-        for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.rows[i] + j * size, 0, 2);
+        for (int i = 0; i < next.count; ++i)
+            __builtin_prefetch((const void*)((std::uintptr_t)next.rows[i] + (std::uintptr_t)(j * size)), 0, 2);
 #pragma GCC unroll 4
         for (int d = 0; d < depth; ++d) {
             const Vec<Unit> b = load_units<E>(b_rows + E::unit_k * d, j * size);

@@ -366,7 +366,7 @@ class _Run:
                 mail.release(receipt)
         if stage.replica_receives or stage.replica_sends:
             self._exchange_replicas(number)
-        if number and self.stages[number - 1].result_sends:
+        if number:
             # Slower ranks may still read the tile of this stage; that of the stage before is free.
             mail.flush(number - 1, _RESULT_TAGS)
             if number - 1 in self.partials:
