@@ -85,7 +85,7 @@ if [ "$what" != test ]; then
     timeout 200 "$python" "$root/bench/gpu_measure.py" --json "$out/results.json" | tee "$out/table.txt"
     [ "${PIPESTATUS[0]}" = 0 ] || failed=1
     say "measure, FIVEDP_ATTENTION_KERNEL=sm90"
-    FIVEDP_ATTENTION_KERNEL=sm90 timeout 100 "$python" "$root/bench/gpu_measure.py" --only "attention forward" \
+    FIVEDP_ATTENTION_KERNEL=sm90 timeout 100 "$python" "$root/bench/gpu_measure.py" --only attention \
         --json "$out/results-sm90.json" | tee -a "$out/table.txt"
     [ "${PIPESTATUS[0]}" = 0 ] || failed=1
 fi

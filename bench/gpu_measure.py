@@ -1,7 +1,7 @@
 """Time the GPU's kernels beside their ceilings and peers; a table last.
 
     python bench/gpu_measure.py --json results.json
-    FIVEDP_ATTENTION_KERNEL=sm90 python bench/gpu_measure.py --only "attention forward"
+    FIVEDP_ATTENTION_KERNEL=sm90 python bench/gpu_measure.py --only attention
 
 Every case runs on fresh random inputs, alternates with its peer, is timed with events, and is the median of seven runs.
 A case that can't run says why and does not stop the others. Whether results are right is for tests/gpu to say, which
@@ -108,6 +108,8 @@ def attentions(length: int, causal: bool, backward: bool) -> Row:
     ran = cuda_attention.forward(q, k, v, mask, state)
     lse = attention.finish(state, out)
     gradients = [cupy.zeros(x.shape, np.float32) for x in (q, k, v)]
+    if backward:
+        ran = cuda_attention.backward(d_out, q, k, v, mask, lse, cuda_attention.delta(d_out, out), *gradients)
 
     def forward() -> None:
         fresh = attention.empty_state(q, size)
@@ -118,8 +120,8 @@ def attentions(length: int, causal: bool, backward: bool) -> Row:
         attention.backward(d_out, q, k, v, mask, lse, attention.delta(d_out, out), *gradients)
 
     flops = 4 * batch * heads * length**2 * size * (0.5 if causal else 1) * (2.5 if backward else 1)
-    which = "backward" if backward else f"forward {ran}"
-    name = f"attention bf16 {which} S={length} {'causal' if causal else 'full'}"
+    which = "backward" if backward else "forward"
+    name = f"attention bf16 {which} {ran} S={length} {'causal' if causal else 'full'}"
     wanted = 0.5 if backward else 0.6
     try:
         peer = _torch_attention(q, k, v, d_out, causal, backward)

@@ -143,9 +143,10 @@ const char* forward(const py::object& q, const py::object& k, const py::object& 
     return attention_forward(a, hopper, stream_of(stream));
 }
 
-void backward(const py::object& d_out, const py::object& q, const py::object& k, const py::object& v,
-              const py::tuple& mask, const py::object& spans, const py::object& log_sum, const py::object& delta,
-              const py::object& d_q, const py::object& d_k, const py::object& d_v, std::uintptr_t stream) {
+const char* backward(const py::object& d_out, const py::object& q, const py::object& k, const py::object& v,
+                     const py::tuple& mask, const py::object& spans, const py::object& log_sum, const py::object& delta,
+                     const py::object& d_q, const py::object& d_k, const py::object& d_v, bool hopper,
+                     std::uintptr_t stream) {
     Shapes shapes;
     DeviceAttention a = problem_of(q, k, v, mask, spans, shapes);
     a.d_out = rows_of(d_out, a.type, shapes.out, false, "attention: d_out");
@@ -154,7 +155,7 @@ void backward(const py::object& d_out, const py::object& q, const py::object& k,
     a.d_q = sums(d_q, a.type, shapes.q, true, "attention: d_q");
     a.d_k = sums(d_k, a.type, shapes.k, true, "attention: d_k");
     a.d_v = sums(d_v, a.type, shapes.v, true, "attention: d_v");
-    attention_backward(a, stream_of(stream));
+    return attention_backward(a, hopper, stream_of(stream));
 }
 
 AttentionRows rows_like(const DeviceArray& out, const char* who) {

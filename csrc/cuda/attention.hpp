@@ -53,9 +53,10 @@ constexpr int largest_attention_size = 256;
 constexpr std::int64_t most_attention_tokens = (std::int64_t{1} << 31) - 512;
 
 // Returns which kernel it was: "sm90", "sm80", "plain", or "none" for nothing to do. The first one only where `hopper`
-// asks for it, the chip has its instructions and the arrays' rows lie at multiples of 16 bytes.
+// asks for it, the chip has its instructions and the arrays' rows lie at multiples of 16 bytes; the backward's up to a
+// head size of 128.
 const char* attention_forward(const DeviceAttention& problem, bool hopper, Stream stream);
-void attention_backward(const DeviceAttention& problem, Stream stream);
+const char* attention_backward(const DeviceAttention& problem, bool hopper, Stream stream);
 
 // Rows of a state, or of an output: see the kernels in attention_rows.cu.
 struct AttentionRows {
@@ -76,8 +77,9 @@ void attention_join(const AttentionRows& rows, const AttentionState& first, cons
 // What attention_forward and attention_backward choose from. The spans are made before.
 void attention_spans(const DeviceAttention& problem, Stream stream);
 void attention_forward_sm80(const DeviceAttention& problem, Stream stream);
-// False: not started, because of the chip or of the arrays.
+// False: not started, because of the chip, of the arrays, or (backward) of a head size above 128.
 bool attention_forward_sm90(const DeviceAttention& problem, Stream stream);
+bool attention_backward_sm90(const DeviceAttention& problem, Stream stream);
 void attention_backward_sm80(const DeviceAttention& problem, Stream stream);
 void attention_forward_plain(const DeviceAttention& problem, Stream stream);
 void attention_backward_plain(const DeviceAttention& problem, Stream stream);

@@ -16,6 +16,7 @@
 //
 // FLOPs: 2 (5 size + 4 v_size) a visible pair, of which 2 (3 size + 2 v_size) would do for one kernel that adds d_q to
 // memory in any order. The gradients are in float and are added to.
+#include "cuda/attention_gradients.cuh"
 #include "cuda/attention_tiles.cuh"
 
 namespace fivedp {
@@ -33,57 +34,6 @@ constexpr int tile_bytes = attention_tile* width * 2;
 // Two tiles that stay, two that come, and of the latter's queries log_sum and delta.
 template <int width>
 constexpr int backward_bytes = (2 + 2 * stages<width>)*tile_bytes<width> + stages<width>* attention_tile * 8 + 16;
-
-// In units of log(2); a weight 2^(x - inf) is 0: for rows that see no key, and where there is no row.
-FIVEDP_DEVICE float log_sum_of(const DeviceAttention& a, std::int64_t first, int query) {
-    const float infinity = bits_as_float(0x7f800000u);
-    if (query >= a.n_queries) return infinity;
-    const float sum = static_cast<const float*>(a.log_sum)[first + query];
-    return sum == -infinity ? infinity : sum * static_cast<float>(log2_of_e);
-}
-FIVEDP_DEVICE float delta_of(const DeviceAttention& a, std::int64_t first, int query) {
-    return query < a.n_queries ? static_cast<const float*>(a.delta)[first + query] : 0.0f;
-}
-
-// Weights in place of logits, and d_logits / scale in place of d_out v^T; masked pairs are 0 in both. Of a query, be it
-// in row r or in column c, `log_sum(r, c)` and `delta(r, c)`.
-template <bool keys_in_columns, class Head, class LogSum, class Delta>
-FIVEDP_DEVICE void unweigh(const DeviceAttention& a, const Bend<float>& bend, const Head& head, bool all, int first_row,
-                           int first_column, const LogSum& log_sum, const Delta& delta,
-                           float (&logits)[1][part_tokens / 8][4], float (&d_weights)[1][part_tokens / 8][4]) {
-    if (bend.bent) {
-        const float slope = slope_of<float>(a, head());
-        const int rows = keys_in_columns ? a.n_queries : a.n_keys, columns = keys_in_columns ? a.n_keys : a.n_queries;
-        const std::int32_t* const row_position = keys_in_columns ? a.q_position : a.k_position;
-        const std::int32_t* const column_position = keys_in_columns ? a.k_position : a.q_position;
-        FIVEDP_UNROLL
-        for (int c = 0; c < part_tokens / 4; ++c) FIVEDP_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            float& x = logits[0][c / 2][2 * r + c % 2];
-            float& d = d_weights[0][c / 2][2 * r + c % 2];
-            const int row = first_row + accumulator_row(r), column = first_column + accumulator_column(c);
-            const bool near = slope != 0 && row < rows && column < columns;
-            float derivative;
-            x = bend_logit_fast(bend, x, slope, near ? row_position[row] - column_position[column] : 0, derivative);
-            d = (d - delta(r, c)) * derivative;
-        }
-    } else {
-        FIVEDP_UNROLL
-        for (int c = 0; c < part_tokens / 4; ++c) FIVEDP_UNROLL
-        for (int r = 0; r < 2; ++r) d_weights[0][c / 2][2 * r + c % 2] -= delta(r, c);
-    }
-    std::uint32_t bits[1] = {0xffffffffu};
-    if (!all) visible_bits<keys_in_columns, part_tokens / 4>(a, first_row, first_column, bits);
-    FIVEDP_UNROLL
-    for (int c = 0; c < part_tokens / 4; ++c) FIVEDP_UNROLL
-    for (int r = 0; r < 2; ++r) {
-        float& x = logits[0][c / 2][2 * r + c % 2];
-        float& d = d_weights[0][c / 2][2 * r + c % 2];
-        const bool seen = visible(bits, r, c);
-        x = seen ? fast_exp2(fmaf(x, bend.factor, -log_sum(r, c))) : 0.0f;
-        d = seen ? x * d : 0.0f;
-    }
-}
 
 template <class T, int width>
 FIVEDP_KERNEL(attention_threads, width > 128 ? 1 : 2)

@@ -31,33 +31,6 @@
 namespace fivedp {
 namespace {
 
-// What NaN and infinity among `keys` values make of the rows that see them, from the values themselves: in shared
-// memory they are 0. A weight is positive, so infinity stays what it is.
-template <class T, int n>
-FIVEDP_DEVICE void add_spoilt(const DeviceAttention& a, const T* values, int first_key, int keys, int first_row,
-                              float (&output)[n][4]) {
-    FIVEDP_NO_UNROLL
-    for (int key = first_key; key < first_key + keys && key < a.n_keys; ++key) {
-        const Place place = key_place(a, key);
-        bool seen[2];
-        FIVEDP_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            const int row = first_row + accumulator_row(r);
-            seen[r] = row < a.n_queries && sees(a, query_place(a, row), place);
-        }
-        const int first_column = computed_here(accumulator_column(0)), left = a.v_size - first_column;
-        const T* const row = values + key * a.v.token + first_column;
-        FIVEDP_UNROLL
-        for (int c = 0; c < 2 * n; ++c) {
-            const int column = 8 * (c / 2) + c % 2;
-            if (column >= left || !nonfinite(row[column])) continue;
-            FIVEDP_UNROLL
-            for (int r = 0; r < 2; ++r)
-                if (seen[r]) output[c / 2][2 * r + c % 2] += to_float(row[column]);
-        }
-    }
-}
-
 // Two rows of logits become weights; `factor` is what the sums so far are multiplied by. Returns whether any lane's is
 // not 1.
 template <int n>
@@ -167,8 +140,8 @@ FIVEDP_DEVICE void attend(const DeviceAttention& a, const Bend<float>& bend, con
         FIVEDP_UNROLL
         for (int w = 0; w < checking_warps; ++w) spoilt = spoilt || shared.spoilt[value_turn.stage][w] != 0;
         if (spoilt)
-            add_spoilt(a, head_rows<T>(a.v, block.work.batch, block.kv_head), first_key, Tile::keys, first_row(),
-                       output);
+            add_spoilt<T, true, false>(a, head_rows<T>(a.v, block.work.batch, block.kv_head), a.v.token, a.v_size,
+                                       first_key, Tile::keys, first_row(), output);
     };
 
     wait_for_phase(&shared.queries_landed, 0);
@@ -280,20 +253,6 @@ forward_wgmma(const DeviceAttention a, const Bend<float> bend, const int section
 #else
     trap();
 #endif
-}
-
-// Whether the copy engine can be told of an array: rows at multiples of 16 bytes, no rows in each other's place. The
-// step of a dimension of one is free.
-bool boxed(const DeviceAttention& a, const DeviceTokens& tokens, int n_tokens, int heads, int size, int rows,
-           BoxedTensor& to) {
-    to = {a.type, tokens.data, size, {n_tokens, heads, a.batch}, {}, rows};
-    const std::int64_t steps[] = {tokens.token, tokens.head, tokens.batch};
-    bool fits = tokens.aligned;
-    for (int i = 0; i < 3; ++i) {
-        to.steps[i] = to.counts[i] > 1 ? 2 * steps[i] : 16 * ((2 * std::int64_t{size} + 15) / 16);
-        fits = fits && to.steps[i] > 0 && to.steps[i] % 16 == 0 && to.steps[i] < std::int64_t{1} << 40;
-    }
-    return fits;
 }
 
 template <class T, int width>

@@ -1,5 +1,5 @@
 // The tiles of attention_forward_sm90.cu: where they lie in shared memory, in which order they come, the warp that
-// brings them, and the warps that look for NaN and infinity in values.
+// brings them, and the warps that look for NaN and infinity in values. What the backward has in common with it, too.
 #pragma once
 
 #include "cuda/attention_tiles.cuh"
@@ -31,11 +31,15 @@ struct Shared {
     int spoilt[Tile::stages][checking_warps];  // whether a warp found values that are not finite
 };
 
-template <int width>
-FIVEDP_DEVICE Shared<width>& shared_of_block() {
+template <class S>
+FIVEDP_DEVICE S& shared_from_boundary() {
     char* const from = dynamic_shared();
     const int over = static_cast<int>(shared_address(from) % swizzle_bytes);
-    return *reinterpret_cast<Shared<width>*>(from + (over > 0 ? swizzle_bytes - over : 0));
+    return *reinterpret_cast<S*>(from + (over > 0 ? swizzle_bytes - over : 0));
+}
+template <int width>
+FIVEDP_DEVICE Shared<width>& shared_of_block() {
+    return shared_from_boundary<Shared<width>>();
 }
 
 // A place in a ring of stages, and the parity of the phase that it is in.
@@ -155,6 +159,51 @@ FIVEDP_DEVICE void check_values(KeyWalk<Tiles<width>::halves>& walk, int first_k
         warp_sync();
         if (lane() == 0) arrive(&shared.values_checked[turn.stage]);
     }
+}
+
+// What NaN and infinity among `count` tokens' rows make of the sums whose rows see them, from the rows themselves: in
+// shared memory they are 0. A weight is positive, so infinity stays what it is; of a derivative (`as_nan`) it makes
+// NaN.
+template <class T, bool keys_in_tile, bool as_nan, int n>
+FIVEDP_DEVICE void add_spoilt(const DeviceAttention& a, const T* rows, std::int64_t step, int size, int first_token,
+                              int count, int first_row, float (&sums)[n][4]) {
+    const int n_tokens = keys_in_tile ? a.n_keys : a.n_queries, n_rows = keys_in_tile ? a.n_queries : a.n_keys;
+    FIVEDP_NO_UNROLL
+    for (int token = first_token; token < first_token + count && token < n_tokens; ++token) {
+        const Place place = keys_in_tile ? key_place(a, token) : query_place(a, token);
+        bool seen[2];
+        FIVEDP_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            const int row = first_row + accumulator_row(r);
+            seen[r] = row < n_rows &&
+                      (keys_in_tile ? sees(a, query_place(a, row), place) : sees(a, place, key_place(a, row)));
+        }
+        const int first_column = computed_here(accumulator_column(0)), left = size - first_column;
+        const T* const from = rows + token * step + first_column;
+        FIVEDP_UNROLL
+        for (int c = 0; c < 2 * n; ++c) {
+            const int column = 8 * (c / 2) + c % 2;
+            if (column >= left || !nonfinite(from[column])) continue;
+            const float add = as_nan ? bits_as_float(0x7fc00000u) : to_float(from[column]);
+            FIVEDP_UNROLL
+            for (int r = 0; r < 2; ++r)
+                if (seen[r]) sums[c / 2][2 * r + c % 2] += add;
+        }
+    }
+}
+
+// Whether the copy engine can be told of an array: rows at multiples of 16 bytes, no rows in each other's place. The
+// step of a dimension of one is free.
+inline bool boxed(const DeviceAttention& a, const DeviceTokens& tokens, int n_tokens, int heads, int size, int rows,
+                  BoxedTensor& to) {
+    to = {a.type, tokens.data, size, {n_tokens, heads, a.batch}, {}, rows};
+    const std::int64_t steps[] = {tokens.token, tokens.head, tokens.batch};
+    bool fits = tokens.aligned;
+    for (int i = 0; i < 3; ++i) {
+        to.steps[i] = to.counts[i] > 1 ? 2 * steps[i] : 16 * ((2 * std::int64_t{size} + 15) / 16);
+        fits = fits && to.steps[i] > 0 && to.steps[i] % 16 == 0 && to.steps[i] < std::int64_t{1} << 40;
+    }
+    return fits;
 }
 
 }  // namespace fivedp

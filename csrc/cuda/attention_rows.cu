@@ -181,10 +181,16 @@ const char* attention_forward(const DeviceAttention& a, bool hopper, Stream stre
     return "sm80";
 }
 
-void attention_backward(const DeviceAttention& a, Stream stream) {
-    if (a.batch == 0 || a.n_queries == 0 || a.n_keys == 0) return;
+const char* attention_backward(const DeviceAttention& a, bool hopper, Stream stream) {
+    if (a.batch == 0 || a.n_queries == 0 || a.n_keys == 0) return "none";
     attention_spans(a, stream);
-    (in_16_bits(a.type) ? attention_backward_sm80 : attention_backward_plain)(a, stream);
+    if (!in_16_bits(a.type)) {
+        attention_backward_plain(a, stream);
+        return "plain";
+    }
+    if (hopper && attention_backward_sm90(a, stream)) return "sm90";
+    attention_backward_sm80(a, stream);
+    return "sm80";
 }
 
 }  // namespace fivedp

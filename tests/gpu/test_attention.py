@@ -34,14 +34,14 @@ HALF_UNITS = {BF16: 2.0**-9, np.dtype(np.float16): 2.0**-12, np.dtype(np.float32
 SMALLEST = {np.dtype(np.float16): 2.0**-25}  # half of what float16 tells apart near 0
 GUARD = 96
 
-# (type, forward kernel), the latter for the fixture `selected`.
+# (type, kernel), the latter for the fixture `selected`.
 BOTH = ("sm80", "sm90")
 each_type = pytest.mark.parametrize(
     ("dtype", "selected"),
     [
-        pytest.param(dtype, forward_kernel, id=f"{name}-{forward_kernel}" if dtype.itemsize == 2 else name)
+        pytest.param(dtype, asked, id=f"{name}-{asked}" if dtype.itemsize == 2 else name)
         for name, dtype in TYPES.items()
-        for forward_kernel in (BOTH if dtype.itemsize == 2 else BOTH[:1])
+        for asked in (BOTH if dtype.itemsize == 2 else BOTH[:1])
     ],
     indirect=["selected"],
 )
@@ -50,15 +50,15 @@ each_kernel = pytest.mark.parametrize("selected", BOTH, indirect=True)
 
 @pytest.fixture(autouse=True)
 def selected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The forward kernel that FIVEDP_ATTENTION_KERNEL asks for."""
+    """The kernels that FIVEDP_ATTENTION_KERNEL asks for."""
     select(monkeypatch, getattr(request, "param", "sm80"))
-    yield kernel.forward_kernel()
-    kernel.forward_kernel.cache_clear()
+    yield kernel.asked_kernel()
+    kernel.asked_kernel.cache_clear()
 
 
 def select(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("FIVEDP_ATTENTION_KERNEL", name)
-    kernel.forward_kernel.cache_clear()
+    kernel.asked_kernel.cache_clear()
 
 
 class Guarded:
@@ -99,7 +99,7 @@ def has_hopper(xp: Any) -> bool:
 def forward(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = None) -> tuple[Array, Array]:
     """Output and lse, the keys given piece by piece."""
     guarded = Guarded(xp)
-    hopper = kernel.forward_kernel() == "sm90" and has_hopper(xp)
+    hopper = kernel.asked_kernel() == "sm90" and has_hopper(xp)
     q, k, v = (aligned(xp, x) if hopper else xp.asarray(x) for x in (case.q, case.k, case.v))
     state = guarded.state(q, case.v.shape[-1])
     for keys in operands.pieces(borders or [0, case.k.shape[1]]):
@@ -122,18 +122,21 @@ def backward(
 ) -> tuple[Array, ...]:
     """The gradients, queries and keys given piece by piece."""
     guarded = Guarded(xp)
-    d_out, q, k, v = (xp.asarray(x) for x in (case.d_out, case.q, case.k, case.v))
+    hopper = kernel.asked_kernel() == "sm90" and has_hopper(xp)
+    d_out, q, k, v = (aligned(xp, x) if hopper else xp.asarray(x) for x in (case.d_out, case.q, case.k, case.v))
+    hopper = hopper and max(case.q.shape[-1], case.v.shape[-1]) <= 128
     dtype = kernel.sum_type(case.q.dtype)
     d_q, d_k, d_v = (np.zeros(x.shape, dtype) for x in (case.q, case.k, case.v))
     for keys in operands.pieces(k_borders or [0, case.k.shape[1]]):
         k_part, v_part = (guarded.like(d[:, keys]) for d in (d_k, d_v))
         for rows in operands.pieces(q_borders or [0, case.q.shape[1]]):
             q_part = guarded.like(d_q[:, rows])
-            kernel.backward(
+            ran = kernel.backward(
                 d_out[:, rows], q[:, rows], k[:, keys], v[:, keys], operands.part(case.mask, rows, keys),
                 xp.ascontiguousarray(xp.asarray(lse)[..., rows]), xp.ascontiguousarray(xp.asarray(delta)[..., rows]),
                 q_part, k_part, v_part,
             )  # fmt: skip
+            assert ran == "none" or hopper == (ran == "sm90")
             d_q[:, rows] = host(q_part)
         d_k[:, keys], d_v[:, keys] = host(k_part), host(v_part)
     guarded.check()
@@ -141,10 +144,7 @@ def backward(
 
 
 def check(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = None) -> None:
-    """Forward and backward against the oracle, the backward from the oracle's lse and delta, rounded.
-
-    There is one backward kernel: it is looked at once.
-    """
+    """Forward and backward against the oracle, the backward from the oracle's lse and delta, rounded."""
     right, dtype = oracle.attention(case.q, case.k, case.v, case.mask), case.q.dtype
     size, sums = operands.sizes(case, right), kernel.sum_type(dtype)
     allowance = operands.ULPS * (2.0**-24 if sums == np.float32 else 2 * 2.0**-53)
@@ -154,8 +154,6 @@ def check(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = N
     assert found[0].dtype == dtype
     near("out", found[0], usual[0], right.out, size["out"], allowance + 2 * half, dtype)
     near("lse", found[1], usual[1], right.lse, size["lse"], allowance, dtype)
-    if kernel.forward_kernel() == "sm90":
-        return
 
     lse = right.lse.astype(sums)
     delta = (case.d_out.astype(np.float64) * right.out).sum(axis=-1).transpose(0, 2, 1).astype(sums)
@@ -220,7 +218,7 @@ def test_queries_of_a_zigzag_are_two_ranges(xp: Any, host: Any, seed: int, dtype
     check(xp, host, replace(case, mask=replace(case.mask, q_position=places, k_position=keys)))
 
 
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@each_type
 def test_backward_adds_up_over_pieces_of_queries(xp: Any, host: Any, seed: int, dtype: Any) -> None:
     rng = np.random.default_rng(seed)
     case = operands.draw_case(rng, dtype, queries=90, keys=80, size=64, v_size=64, causal=True, order="random", group=2)

@@ -1,4 +1,4 @@
-"""The forward kernel for compute capability 9.x beyond what tests/gpu/test_attention.py asks of both: longer walks over
+"""The kernels for compute capability 9.x beyond what tests/gpu/test_attention.py asks of both: longer walks over
 tiles, sizes that the copy engine pads, and which kernel runs when."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sm90(xp: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("this GPU is not of compute capability 9.x")
     select(monkeypatch, "sm90")
     yield
-    kernel.forward_kernel.cache_clear()
+    kernel.asked_kernel.cache_clear()
 
 
 @each_half
@@ -38,6 +38,18 @@ def test_more_tiles_than_stages(
     keys = (2 * stages + 1) * (64 if size > 128 else 128) - 30
     rng = np.random.default_rng(seed)
     check(xp, host, operands.draw_case(rng, dtype, queries=70, keys=keys, size=size, v_size=size, causal=causal))
+
+
+@each_half
+@pytest.mark.parametrize(("size", "stages"), [(64, 4), (128, 2)])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_gradients_of_more_tiles_than_stages(
+    xp: Any, host: Any, seed: int, dtype: Any, size: int, stages: int, causal: bool
+) -> None:
+    """Of several heads that share their keys, and of several keys' tiles, with an uneven end on either side."""
+    rng, tiles = np.random.default_rng(seed), (2 * stages + 1) * 64
+    shape: dict[str, Any] = {"group": 2, "queries": tiles - 30, "keys": tiles - 50}
+    check(xp, host, operands.draw_case(rng, dtype, size=size, v_size=size, causal=causal, **shape))
 
 
 @each_half
@@ -117,8 +129,19 @@ def test_who_runs_when(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran(q[:, ::-1], q) == "sm80"
     assert ran(q.astype(np.float32), q.astype(np.float32)) == "plain"
     assert ran(q, q[:, :0]) == "none"
+
+    def ran_backward(q: Array, d_out: Array) -> str:
+        mask = Mask(operands.places(q.shape[1]), operands.places(q.shape[1]))
+        rows = xp.zeros((q.shape[0], q.shape[2], q.shape[1]), np.float32)
+        gradients = [xp.zeros(q.shape, np.float32) for _ in range(3)]
+        return kernel.backward(d_out, q, q, q, mask, rows, rows, *gradients)
+
+    assert ran_backward(q, q) == "sm90"
+    assert ran_backward(q, xp.broadcast_to(q[:, :1], q.shape)) == "sm80"
+    large = xp.zeros((1, 3, 2, 136), BF16)
+    assert (ran(large, large), ran_backward(large, large)) == ("sm90", "sm80")
     select(monkeypatch, "sm80")
-    assert ran(q, q) == "sm80"
+    assert (ran(q, q), ran_backward(q, q)) == ("sm80", "sm80")
     select(monkeypatch, "sm70")
     with pytest.raises(ValueError, match="FIVEDP_ATTENTION_KERNEL is 'sm70'; 'sm80' or 'sm90' would be right"):
         ran(q, q)

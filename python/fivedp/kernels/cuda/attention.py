@@ -3,9 +3,10 @@
 bfloat16, float16, float32 and float64; head sizes to 256. `Mask` and `State` are those of the CPU. The places of a mask
 may be NumPy arrays, which are copied to the device, in one piece and without waiting; a state is on the device.
 
-FIVEDP_ATTENTION_KERNEL=sm90 chooses the forward kernel with the instructions of compute capability 9.x (H100, H200) for
-bfloat16 and float16; it has not run on a GPU yet. The default, sm80, is for every chip from 8.0, and serves under sm90
-too where the chip is another one, or rows do not begin at multiples of 16 bytes.
+FIVEDP_ATTENTION_KERNEL=sm90 chooses the kernels with the instructions of compute capability 9.x (H100, H200) for
+bfloat16 and float16; they have not run on a GPU yet. The default, sm80, is for every chip from 8.0, and serves under
+sm90 too where the chip is another one, rows do not begin at multiples of 16 bytes, or a backward's heads are larger
+than 128.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def empty_state(q: Array, v_size: int) -> State:
 
 
 @functools.cache
-def forward_kernel() -> str:
-    """Which kernel is asked for: FIVEDP_ATTENTION_KERNEL, read once."""
+def asked_kernel() -> str:
+    """Which kernels are asked for: FIVEDP_ATTENTION_KERNEL, read once."""
     return setting("FIVEDP_ATTENTION_KERNEL", "sm80", "sm90")
 
 
@@ -58,7 +59,7 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
     Returns
     -------
     str
-        The kernel that ran: 'sm80', 'sm90' (see `forward_kernel`), 'plain' for float32 and float64, 'none' where there
+        The kernel that ran: 'sm80', 'sm90' (see `asked_kernel`), 'plain' for float32 and float64, 'none' where there
         is nothing to do.
 
     Raises
@@ -70,7 +71,7 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
     """
     q_rows, k_rows, v_rows = _rows(q=q, k=k, v=v)
     ran: str = extension().attention_forward(
-        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state), forward_kernel() == "sm90",
+        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state), asked_kernel() == "sm90",
         stream_of(q),
     )  # fmt: skip
     return ran
@@ -120,7 +121,7 @@ def backward(
     d_q: Array,
     d_k: Array,
     d_v: Array,
-) -> None:
+) -> str:
     """Add to the gradients what some queries and keys contribute to them.
 
     Parameters
@@ -132,12 +133,18 @@ def backward(
         Of the finished output over all keys, in the type of sums.
     d_q, d_k, d_v
         Of the shapes of q, k and v, contiguous, in the type of sums; added to, each element in one order.
+
+    Returns
+    -------
+    str
+        The kernel that ran, as `forward` says.
     """
     d_out_rows, q_rows, k_rows, v_rows = _rows(d_out=d_out, q=q, k=k, v=v)
-    extension().attention_backward(
+    ran: str = extension().attention_backward(
         d_out_rows, q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), lse, delta_rows, d_q, d_k, d_v,
-        stream_of(q),
+        asked_kernel() == "sm90", stream_of(q),
     )  # fmt: skip
+    return ran
 
 
 def _arrays(state: State) -> tuple[Array, Array, Array]:
