@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from fivedp.comm import shared_window
 from fivedp.comm.grid import Group, RankGrid
 from fivedp.comm.messages import OVERFLOW, TAGS, cut, tag_number
 from fivedp.comm.shared_window import NOTE_WORDS, SharedWindow
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 Array = Any
 Slices = tuple[slice, ...]
 _ARENA_BYTES = 4 << 20
+# What is not read in place must be less: a message that MPI does not send at once is better sent from where it lies.
+_MESSAGE_BYTES = 32 << 10
 _LINE = 64
 
 
@@ -151,7 +152,7 @@ class _Phase:
         n_bytes = math.prod(shape) * dtype.itemsize
         rank, number = self.group.members[peer], tag_number(self.group, tag)
         in_place = self.carries(peer, n_bytes)
-        if n_bytes >= shared_window.MIN_BYTES and not in_place:
+        if n_bytes >= _MESSAGE_BYTES and not in_place:
             raise TooLarge
         incoming = _Incoming(None if in_place else take(shape, dtype), shape, dtype, rank, number + OVERFLOW)
         if in_place:
@@ -168,7 +169,7 @@ class _Phase:
         rank, number = self.group.members[peer], tag_number(self.group, tag)
         self.counted.append((rank, box.nbytes))
         if not self.carries(peer, box.nbytes):
-            if box.nbytes >= shared_window.MIN_BYTES:
+            if box.nbytes >= _MESSAGE_BYTES:
                 raise TooLarge
             self.sent.append((_flat(box), rank, number))
             return
