@@ -3,7 +3,7 @@
 // The sums of a strip of columns stay in the L1 cache while rows of B pass by, four at a time; each element is the same
 // chain in the same order as in the tiled kernel. The strip is as wide as the cache allows, so that the rows of B are
 // read in long runs. Rows that come later are fetched into the L2 cache meanwhile, for no run is so long that the
-// hardware would keep ahead; every group of rows of A fetches its part of them, so that memory never rests.
+// hardware would keep ahead; every group of rows of A fetches its part of them, so that memory does not rest.
 
 // Rows of A multiplied at a time, so that their 4 numbers each stay in registers.
 static constexpr int stream_group = FIVEDP_VECTOR_BYTES >= 64 ? 4 : 2;

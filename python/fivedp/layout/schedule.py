@@ -84,8 +84,8 @@ class Schedule:
         self.plan, self.rank, self.in_place = plan, rank, in_place
         self.n_ranks = plan.family.n_ranks
         if single_stage is None:
-            least = SINGLE_STAGE_BYTES_IN_PLACE if in_place else SINGLE_STAGE_BYTES
-            single_stage = plan.bytes_total <= least * self.n_ranks
+            most = SINGLE_STAGE_BYTES_IN_PLACE if in_place else SINGLE_STAGE_BYTES
+            single_stage = plan.bytes_total <= most * self.n_ranks
         self.single_stage = single_stage
         self.tilings = [self._tiling(r) for r in range(self.n_ranks)]
         self.tiling = self.tilings[rank]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Array = Any
 Slices = tuple[slice, ...]
+Take = Callable[[tuple[int, ...], Any], Array]
 _ARENA_BYTES = 4 << 20
 # What is not read in place must be less: a message that MPI does not send at once is better sent from where it lies.
 _MESSAGE_BYTES = 32 << 10
@@ -146,7 +148,7 @@ class _Phase:
         """Whether a member reads a box where it lies."""
         return self.window is not None and self.window.carries(self.group.members[peer], n_bytes)
 
-    def receive(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, take: Any) -> _Incoming:
+    def receive(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, take: Take) -> _Incoming:
         """Add what a member sends; `take` makes a buffer for a message."""
         dtype = np.dtype(dtype)
         n_bytes = math.prod(shape) * dtype.itemsize
@@ -282,7 +284,7 @@ class Prepared:
         n_bytes = math.prod(shape) * dtype.itemsize
         start = self._used
         self._used = start + -(-n_bytes // _LINE) * _LINE
-        if self._used > _ARENA_BYTES:
+        if self._used > self._arena.memory.size:
             raise TooLarge
         return self._arena.memory[start : start + n_bytes].view(dtype).reshape(shape)
 
