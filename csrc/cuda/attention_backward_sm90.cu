@@ -123,20 +123,8 @@ FIVEDP_DEVICE int clear_spoilt(GradientShared<width>& shared, int stage) {
     FIVEDP_UNROLL
     for (int which = 0; which < (of_keys ? 2 : 1); ++which) {
         FIVEDP_NO_UNROLL
-        for (int i = thread(); i < GradientShared<width>::bytes / 16; i += consumers) {
-            Vec16<T>* const place = reinterpret_cast<Vec16<T>*>(shared.others[stage][which] + 16 * i);
-            Vec16<T> values = *place;
-            bool here = false;
-            FIVEDP_UNROLL
-            for (int e = 0; e < 8; ++e) {
-                if (!nonfinite(values.at[e])) continue;
-                values.at[e] = T{0};
-                here = true;
-            }
-            if (!here) continue;
-            *place = values;
-            found |= 1 << which;
-        }
+        for (int i = thread(); i < GradientShared<width>::bytes / 16; i += consumers)
+            found |= clear_chunk<T>(shared.others[stage][which] + 16 * i) << which;
     }
     const int first = warp_ballot((found & 1) != 0) != 0, second = warp_ballot((found & 2) != 0) != 0;
     if (lane() == 0) shared.spoilt[warp()] = first | second << 1;

@@ -139,19 +139,8 @@ FIVEDP_DEVICE void check_values(KeyWalk<Tiles<width>::halves>& walk, int first_k
         if (whole != (1u << Tile::halves) - 1) {
             bool found = false;
             FIVEDP_NO_UNROLL
-            for (int i = 32 * me + lane(); i < Tile::bytes / 16; i += 32 * checking_warps) {
-                Vec16<T>* const place = reinterpret_cast<Vec16<T>*>(shared.values[turn.stage] + 16 * i);
-                Vec16<T> values = *place;
-                bool here = false;
-                FIVEDP_UNROLL
-                for (int e = 0; e < 8; ++e) {
-                    if (!nonfinite(values.at[e])) continue;
-                    values.at[e] = T{0};
-                    here = true;
-                }
-                if (here) *place = values;
-                found = found || here;
-            }
+            for (int i = 32 * me + lane(); i < Tile::bytes / 16; i += 32 * checking_warps)
+                found = clear_chunk<T>(shared.values[turn.stage] + 16 * i) || found;
             found = warp_ballot(found) != 0;
             if (lane() == 0) shared.spoilt[turn.stage][me] = found;
         }

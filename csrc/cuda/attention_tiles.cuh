@@ -121,6 +121,22 @@ FIVEDP_DEVICE bool nonfinite(Half x) {
     return (x.bits & 0x7c00) == 0x7c00;
 }
 
+// Puts 0 where 16 bytes of a tile are not finite; whether any were.
+template <class T>
+FIVEDP_DEVICE bool clear_chunk(char* chunk) {
+    Vec16<T>* const place = reinterpret_cast<Vec16<T>*>(chunk);
+    Vec16<T> values = *place;
+    bool found = false;
+    FIVEDP_UNROLL
+    for (int e = 0; e < 8; ++e) {
+        if (!nonfinite(values.at[e])) continue;
+        values.at[e] = T{0};
+        found = true;
+    }
+    if (found) *place = values;
+    return found;
+}
+
 template <class T, int width, int tokens>
 FIVEDP_DEVICE bool any_nonfinite(const char* tile, int* room) {
     bool found = false;
@@ -143,14 +159,7 @@ template <class T, int width, int tokens>
 FIVEDP_DEVICE void clear_nonfinite(char* tile) {
     sync_block();
     FIVEDP_NO_UNROLL
-    for (int i = thread(); i < tokens * width / 8; i += attention_threads) {
-        Vec16<T>* const place = reinterpret_cast<Vec16<T>*>(tile + 16 * i);
-        Vec16<T> values = *place;
-        FIVEDP_UNROLL
-        for (int e = 0; e < 8; ++e)
-            if (nonfinite(values.at[e])) values.at[e] = T{0};
-        *place = values;
-    }
+    for (int i = thread(); i < tokens * width / 8; i += attention_threads) clear_chunk<T>(tile + 16 * i);
     sync_block();
 }
 
