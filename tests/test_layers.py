@@ -14,7 +14,7 @@ PACKAGE = Path(fivedp.__file__).parent
 ALLOWED = {
     "errors": set(),
     "layout": {"errors", "_cpu"},
-    "comm": {"errors"},
+    "comm": {"errors", "_cpu"},
     "kernels": {"_cpu"},
     "reference": {"kernels"},  # what a mask is
     "ops": {"errors", "layout", "comm", "kernels"},

@@ -3,6 +3,7 @@
 
 namespace fivedp {
 void bind_attention(pybind11::module_& module);
+void bind_copy(pybind11::module_& module);
 void bind_experts(pybind11::module_& module);
 void bind_gemm(pybind11::module_& module);
 void bind_layout(pybind11::module_& module);
@@ -12,6 +13,7 @@ void bind_routing(pybind11::module_& module);
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Local arithmetic on the CPU; see fivedp.kernels";
     fivedp::bind_attention(module);
+    fivedp::bind_copy(module);
     fivedp::bind_experts(module);
     fivedp::bind_gemm(module);
     fivedp::bind_layout(module);

@@ -13,6 +13,14 @@ FIVEDP_INLINE void finish_element(T sum, char* c, bool scale, T alpha, bool add,
     }
 }
 
+// n sums, rounded, side by side: whole vectors of them first. Returns how many.
+FIVEDP_INLINE std::int64_t round_vectors(const float* sums, char* c, std::int64_t n) {
+    constexpr std::int64_t width = lanes<float>;
+    std::int64_t j = 0;
+    for (; j + width <= n; j += width) store(c + 2 * j, rounded_to_bf16(load<Vec<float>>(sums + j)));
+    return j;
+}
+
 // One row of n sums into C. The common cases are separate loops so that each is vectorised.
 template <class T, class Stored>
 FIVEDP_INLINE void finish_row(const T* __restrict__ sums, char* __restrict__ c, std::int64_t stride, std::int64_t n,
@@ -20,8 +28,9 @@ FIVEDP_INLINE void finish_row(const T* __restrict__ sums, char* __restrict__ c, 
     const bool scale = alpha != T(1), add = beta != T(0);
     if (stride == sizeof(Stored)) {
         if (!scale && !add) {
-            for (std::int64_t j = 0; j < n; ++j)
-                finish_element<T, Stored>(sums[j], c + j * sizeof(Stored), false, alpha, false, beta);
+            std::int64_t j = 0;
+            if constexpr (sizeof(Stored) == 2) j = round_vectors(sums, c, n);
+            for (; j < n; ++j) finish_element<T, Stored>(sums[j], c + j * sizeof(Stored), false, alpha, false, beta);
         } else if (!add) {
             for (std::int64_t j = 0; j < n; ++j)
                 finish_element<T, Stored>(sums[j], c + j * sizeof(Stored), true, alpha, false, beta);

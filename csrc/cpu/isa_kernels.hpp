@@ -19,6 +19,7 @@
 #endif
 
 #include "cpu/attention_problem.hpp"
+#include "cpu/copy_problem.hpp"
 #include "cpu/experts_problem.hpp"
 #include "cpu/gemm_problem.hpp"
 #include "cpu/kernel_table.hpp"
@@ -50,6 +51,8 @@ namespace {
 // (built on the above)
 #include "cpu/gemm.hpp"
 #include "cpu/tree_sum.hpp"
+// (boxes)
+#include "cpu/copy.hpp"
 // (attention)
 #include "cpu/vec_math.hpp"
 // (in this order)
@@ -120,6 +123,7 @@ constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA),
                                gemm_kernel<F64Engine>(),
                                gemm_kernel<Bf16Engine>(),
                                &tree_sum,
+                               &copy_rows,
                                attention_kernel<F32Engine>(),
                                attention_kernel<F64Engine>(),
                                attention_kernel<Bf16AttentionEngine>(),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/attention_problem.hpp"
+#include "cpu/copy_problem.hpp"
 #include "cpu/experts_problem.hpp"
 #include "cpu/gemm_problem.hpp"
 #include "cpu/routing_problem.hpp"
@@ -13,6 +14,7 @@ struct KernelTable {
     GemmKernel f32, f64, bf16;
     // Sums rows row_begin <= row < row_end of the flattened (batch, row) index; the partials' type chooses.
     void (*tree_sum)(const TreeSumProblem& problem, std::int64_t row_begin, std::int64_t row_end);
+    void (*copy_rows)(const CopyRows& copy);
     AttentionKernel attention_f32, attention_f64, attention_bf16;
     RoutingKernel routing_f32, routing_f64;  // by the type of sums
     ExpertKernels experts;

@@ -30,7 +30,7 @@ SINGLE_STAGE_BYTES_IN_PLACE = 1024 * 1024
 MIN_ROWS, MAX_ROWS = 256, 512
 MIN_COLUMNS, MAX_COLUMNS = 256, 1024
 # Elements of a tile of partial sums.
-MIN_TILE, MAX_TILE = 512 * 512, 512 * 1024
+MIN_TILE, MAX_TILE = 512 * 512, 512 * 2048
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from fivedp.comm import shared_window
+from fivedp.comm.copies import copy_box
 from fivedp.comm.grid import Group
 from fivedp.comm.shared_window import NOTE_WORDS, SharedWindow
 from fivedp.comm.transport.mail import OVERFLOW, PROBE_TAG, Array, Buffer, Mailbox, Receipt, Workspace, cut
@@ -86,7 +87,7 @@ class HostMailbox(Mailbox):
             return array
         copy = self._window.array(extent, array.shape, array.dtype)
         self.give_at_end(Workspace(copy, extent))
-        copy[...] = array
+        copy_box(copy, array)
         return copy
 
     def give_workspace(self, workspace: Workspace) -> None:
@@ -106,7 +107,7 @@ class HostMailbox(Mailbox):
         buffer, host = None, array
         if not array.flags.c_contiguous:
             host, buffer = self.pool.take(array.shape, array.dtype)
-            host[...] = array
+            copy_box(host, array)
         self._count_and_send(host, rank, tag, stage, buffer, note=in_window)
 
     def _count_and_send(self, host: Array, rank: int, tag: int, stage: int, buffer: Buffer | None, note: bool) -> None:
@@ -150,7 +151,7 @@ class HostMailbox(Mailbox):
                     window.give_cell(cell)
                     return False
                 box = self._boxes[key] = _Box(window.array(extent, array.shape, array.dtype), extent, 0, key, array)
-                box.array[...] = array
+                copy_box(box.array, array)
             box.readers += 1
             array, offset = box.array, box.extent[0]
         note = window.note(array, offset, cell)
@@ -239,7 +240,7 @@ class HostMailbox(Mailbox):
                 receipt.cell = SharedWindow.cell_of(note)
             receipt.note = None
             if receipt.target is not None:
-                receipt.target[...] = receipt.array
+                copy_box(receipt.target, receipt.array, for_later=True)
                 receipt.target = None
                 self.release(receipt)
 
