@@ -124,7 +124,6 @@ def backward(
     guarded = Guarded(xp)
     hopper = kernel.asked_kernel() == "sm90" and has_hopper(xp)
     d_out, q, k, v = (aligned(xp, x) if hopper else xp.asarray(x) for x in (case.d_out, case.q, case.k, case.v))
-    hopper = hopper and max(case.q.shape[-1], case.v.shape[-1]) <= 128
     dtype = kernel.sum_type(case.q.dtype)
     d_q, d_k, d_v = (np.zeros(x.shape, dtype) for x in (case.q, case.k, case.v))
     for keys in operands.pieces(k_borders or [0, case.k.shape[1]]):
