@@ -108,20 +108,36 @@ FIVEDP_DEVICE void add_key_gradients(const DeviceAttention& a, const Bend<float>
         const int rows = group * group_tokens * 128;  // of this warpgroup's queries, in a panel
         open_products();
         start_rows<T, Room, Room::panels(0)>(logits, shared.own[0][0], shared.others[first] + rows);
+        commit_products();
         start_rows<T, Room, Room::panels(1)>(d_weights, shared.own[1][0], shared.others[second] + rows);
         commit_products();
-        wait_for_products<0>();
-        settle(logits);
-        settle(d_weights);
-        const int spoilt = all ? 0 : clear_spoilt<T, true>(shared, first, second);
 
+        // Weights are made while d_weights are under way.
+        wait_for_products<1>();
+        settle(logits);
         const int first_row = work().tile * attention_tile + row_of_block;
-        unweigh<false>(
+        const auto number = [&](int slot, int c) {
+            return shared.numbers[slot][group * group_tokens + accumulator_column(c)];
+        };
+        float derivatives[group_tokens / 8][4];
+        std::uint32_t bits[1];
+        weigh_pairs<false>(
             a, bend, [&] { return others.head; }, all, first_row, first_token + group * group_tokens,
-            [&](int, int c) { return shared.numbers[first][group * group_tokens + accumulator_column(c)]; },
-            [&](int, int c) { return shared.numbers[second][group * group_tokens + accumulator_column(c)]; },
-            reinterpret_cast<float(&)[1][group_tokens / 8][4]>(logits),
-            reinterpret_cast<float(&)[1][group_tokens / 8][4]>(d_weights));
+            [&](int, int c) { return number(first, c); },
+            [&](int r, int c, float derivative) { derivatives[c / 2][2 * r + c % 2] = derivative; },
+            reinterpret_cast<float(&)[1][group_tokens / 8][4]>(logits), bits);
+        wait_for_products<0>();
+        settle(d_weights);
+        FIVEDP_UNROLL
+        for (int c = 0; c < group_tokens / 4; ++c) FIVEDP_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            const int e = 2 * r + c % 2;
+            float& d = d_weights[c / 2][e];
+            d -= number(second, c);
+            if (bend.bent) d *= derivatives[c / 2][e];
+            d = visible(bits, r, c) ? logits[c / 2][e] * d : 0.0f;
+        }
+        const int spoilt = all ? 0 : clear_spoilt<T, true>(shared, first, second);
         write_factors<T>(shared.factors[place][0], row_of_block, group * group_tokens, logits);
         write_factors<T>(shared.factors[place][1], row_of_block, group * group_tokens, d_weights);
         publish_to_products();
