@@ -1,20 +1,25 @@
-// Attention, backward, in 16 bits, for compute capability 9.x and head sizes up to 128. What is computed is said in
-// attention_backward_sm80.cu, and so are the two kernels: every element is summed in one order, without atomics.
+// Attention, backward, in 16 bits, for compute capability 9.x: d_q, and for head sizes up to 128 d_k and d_v; above,
+// these are made in attention_backward_wide_sm90.cu. What is computed is said in attention_backward_sm80.cu, and so are
+// the two kernels: every element is summed in one order, without atomics.
 //
 // A block has 128 tokens of its own, keys of a head or queries, and goes through the tiles of 64 tokens of the other
 // side that the mask leaves something of: queries of all heads that share the keys, or keys. Its warps:
 //
 // - two warpgroups, 64 of its own tokens each: logits and d_out v^T, one product each, then weights and d_logits in the
 //   registers where they arise, which are left factors as they are: gradients += d_logits (and weights) times the tile
-// - a warp brings the block's tokens, then the tiles to a ring of stages (TMA), and of queries log_sum and delta
+// - a warp brings the block's tokens, then the tiles to a ring (TMA), and of queries log_sum and delta
 //
 // Products are wgmma: the own tokens from shared memory, d_logits and weights from registers, the tile as rows of k for
 // the former and as columns of k for the latter. The warpgroups share nothing but the tiles, so one's exponentials fall
 // into the other's products. Where a mask cuts a tile, what is not finite in it is 0 before it is multiplied by
 // weights, and what it makes of the pairs that see it is added from its rows.
 //
-// Shared memory: own tokens, two tensors (2 x 2 x 64, width), then stages of two tensors (64, width), all in panels of
-// 64 columns, swizzled by 128 bytes (hopper.cuh): 129 KB for 128 with two stages, 99 KB for 64 with four.
+// Shared memory: own tokens, two tensors (2 x 2 x 64, width), then a ring of slots (64, width), two for a tile, all in
+// panels of 64 columns, swizzled by 128 bytes (hopper.cuh): 99 KB for 64 with eight slots; with four 129 KB for 128 and
+// 193 KB for 192; 226 KB for 256 with three. There, values come to the slot of the keys before, and keys to that of the
+// values, which are done with as soon as d_weights are there.
+//
+// Registers at 256: sums 128, logits and d_weights 32 + 32 a thread.
 //
 // FLOPs: 2 (5 size + 4 v_size) a visible pair. Bytes: own tokens once, the others once for each 128 of them (most from
 // L2), gradients once, read and written.
@@ -30,6 +35,7 @@ constexpr int ring_slots(int width, int v_width) {
 template <int width, int v_width>
 struct GradientShared : GradientTiles<width, v_width, 2, ring_slots(width, v_width)>,
                         GradientRing<ring_slots(width, v_width)> {};
+static_assert(sizeof(GradientShared<256, 256>) + swizzle_bytes <= 227 * 1024);
 
 // The 64 own tokens of a warpgroup: what a warp has of them is 16 rows.
 template <class T, int width, int v_width, bool of_keys>
@@ -37,6 +43,7 @@ FIVEDP_DEVICE void add_gradients(const DeviceAttention& a, const Bend<float>& be
                                  OtherTiles<GradientShared<width, v_width>, of_keys>& others, int first_token,
                                  bool all) {
     using Room = GradientShared<width, v_width>;
+    // Where sums take most registers, weights are made of fewer pairs at a time.
     constexpr int columns = width / 8, parts = width > 192 ? 4 : 2, part = attention_tile / parts;
     Room& shared = shared_from_boundary<Room>();
     // What the block works on is found again where it is needed: kept, it would take the registers of sums.

@@ -1,25 +1,29 @@
 // d_k and d_v of attention in 16 bits, for compute capability 9.x and head sizes above 128. What is computed is said in
 // attention_backward_sm80.cu, d_q is made in attention_backward_sm90.cu; as there, every element is summed in one
-// order, without atomics. The size of keys and that of values are padded each by itself, to multiples of 64 up to 256.
+// order, without atomics. The sizes of keys and of values are padded each by itself, to 128, 192 or 256.
 //
-// The sums of 64 keys are as many registers as 128 threads have, so two warpgroups share 64 keys. A block goes through
-// the tiles of 64 queries, of all heads that share its keys. Of each tile a warpgroup
+// The sums of 64 keys are as many registers as a warpgroup has, so two share 64 keys. A block goes through the tiles of
+// 64 queries, of all heads that share its keys. Of each tile a warpgroup
 //
-// - makes logits^T and (d_out v^T)^T of its 32 queries, and of these weights^T and d_logits^T, keys in rows,
-// - writes them to shared memory in 16 bits, where both warpgroups' make (64 keys, 64 queries), and meets the other
-// one,
+// - makes logits^T and (d_out v^T)^T of its 32 queries, and of these weights^T and d_logits^T, keys in rows; weights
+//   while d_out v^T is under way,
+// - writes both to shared memory in 16 bits, where the warpgroups together make (64 keys, 64 queries), and meets the
+//   other one,
 // - adds weights^T d_out and d_logits^T q to its columns: half of the panels of 64 of d_k, and half of those of d_v.
 //
-// So nothing is multiplied twice, and what the warpgroups exchange is what products would have been rounded to anyway.
-// There are two such places: who writes for the next tile is past the meeting that the other one came to when it was
-// done with the place. Where a panel is left over, that of d_k is the first warpgroup's, that of d_v the second's. One
-// more warp brings the keys, then the tiles to a ring (TMA).
+// So nothing is multiplied twice, and what is exchanged is what products would have been rounded to anyway. There are
+// two places for it: a warpgroup that writes for the next tile may be ahead of the other one's products with this tile,
+// but not of those with the one before. Where a panel is left over, that of d_k is the first warpgroup's, that of d_v
+// the second's. One more warp brings the keys, then the tiles to a ring (TMA).
 //
-// Registers at a size of 256: sums 64 + 64, logits and d_weights 16 + 16 a thread. Shared memory: own tokens 64 KB, two
-// tiles of queries and d_out 128 KB, two places of weights^T and d_logits^T 32 KB; with barriers 226 KB of 227.
+// Products are wgmma: keys and values from shared memory, weights^T and d_logits^T too, a tile as rows of k for the
+// former and as columns of k for the latter. What is not finite is treated as in attention_backward_sm90.cu.
+//
+// Registers at 256: sums 64 + 64, logits, d_weights and derivatives of the softcap 16 each a thread. Shared memory: own
+// tokens 64 KB, two tiles of queries and d_out 128 KB, two places of weights^T and d_logits^T 32 KB, 226 KB in all.
 //
 // FLOPs: 2 (2 size + 2 v_size) a visible pair. Bytes: keys once, queries once for each 64 keys (most from L2: 32 bytes
-// for what the tensor cores do in a cycle, so L2 is near its limit), gradients once, read and written.
+// for each cycle in which the tensor cores are busy, which is near what L2 can give), gradients once, read and written.
 #include "cuda/attention_hopper_gradients.cuh"
 
 namespace fivedp {
