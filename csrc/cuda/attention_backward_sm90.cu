@@ -15,8 +15,8 @@
 // weights, and what it makes of the pairs that see it is added from its rows.
 //
 // Shared memory: own tokens, two tensors (2 x 2 x 64, width), then a ring of slots (64, width), two for a tile, all in
-// panels of 64 columns, swizzled by 128 bytes (hopper.cuh): 99 KB for 64 with eight slots; with four 129 KB for 128 and
-// 193 KB for 192; 226 KB for 256 with three. There, values come to the slot of the keys before, and keys to that of the
+// panels of 64 columns, swizzled by 128 bytes (hopper.cuh): 99 KB for 64 with eight slots; with four 130 KB for 128 and
+// 194 KB for 192; 226 KB for 256 with three. There, values come to the slot of the keys before, and keys to that of the
 // values, which are done with as soon as d_weights are there.
 //
 // Registers at 256: sums 128, logits and d_weights 32 + 32 a thread.
