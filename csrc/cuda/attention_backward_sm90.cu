@@ -21,7 +21,7 @@
 //
 // Registers at 256: sums 128, logits and d_weights 32 + 32 a thread.
 //
-// FLOPs: 2 (5 size + 4 v_size) a visible pair. Bytes: own tokens once, the others once for each 128 of them (most from
+// FLOPs: 2 (4 size + 3 v_size) a visible pair. Bytes: own tokens once, the others once for each 128 of them (most from
 // L2), gradients once, read and written.
 #include "cuda/attention_hopper_gradients.cuh"
 
