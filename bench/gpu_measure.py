@@ -97,14 +97,14 @@ def product(n: int) -> Row:
     return Row(f"product bf16 {n}^3", mine, 2 * n**3 / mine / 1e9, "TFLOP/s", peer / mine, "cupy.matmul", 0.97)
 
 
-def attentions(length: int, causal: bool, backward: bool) -> Row:
-    """One layer of 16 heads of 128, beside torch's fused attention where torch is installed."""
-    batch, heads, size = max(1, 16384 // length), 16, 128
-    q, k, v, d_out = (normal(batch, length, heads, size) for _ in range(4))
+def attentions(length: int, causal: bool, backward: bool, size: int = 128, v_size: int = 128) -> Row:
+    """One layer of 16 heads, beside torch's fused attention where torch is installed and has it for this size."""
+    batch, heads = max(1, 16384 // length), 16
+    q, k, v, d_out = (normal(batch, length, heads, columns) for columns in (size, size, v_size, v_size))
     place = np.arange(length, dtype=np.int32)
     mask = attention.Mask(place, place, scale=size**-0.5, causal=causal)
-    state = attention.empty_state(q, size)
-    out = cupy.empty_like(q)
+    state = attention.empty_state(q, v_size)
+    out = cupy.empty_like(v)
     ran = cuda_attention.forward(q, k, v, mask, state)
     lse = attention.finish(state, out)
     gradients = [cupy.zeros(x.shape, np.float32) for x in (q, k, v)]
@@ -112,22 +112,28 @@ def attentions(length: int, causal: bool, backward: bool) -> Row:
         ran = cuda_attention.backward(d_out, q, k, v, mask, lse, cuda_attention.delta(d_out, out), *gradients)
 
     def forward() -> None:
-        fresh = attention.empty_state(q, size)
+        fresh = attention.empty_state(q, v_size)
         attention.forward(q, k, v, mask, fresh)
         attention.finish(fresh, out)
 
     def back() -> None:
         attention.backward(d_out, q, k, v, mask, lse, attention.delta(d_out, out), *gradients)
 
-    flops = 4 * batch * heads * length**2 * size * (0.5 if causal else 1) * (2.5 if backward else 1)
+    columns = 3 * size + 2 * v_size if backward else size + v_size
+    flops = 2 * batch * heads * length**2 * columns * (0.5 if causal else 1)
     which = "backward" if backward else "forward"
     name = f"attention bf16 {which} {ran} S={length} {'causal' if causal else 'full'}"
+    name += "" if size == v_size == 128 else f" D={size}/{v_size}"
     wanted = 0.5 if backward else 0.6
     try:
         peer = _torch_attention(q, k, v, d_out, causal, backward)
-    except ImportError:
+        peer()
+    except (ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and size == v_size == 128:
+            raise
         (mine,) = timed(back if backward else forward)
-        return Row(name, mine, flops / mine / 1e9, "TFLOP/s", of="torch, which is not installed")
+        why = "is not installed" if isinstance(error, ImportError) else "has none of this head size"
+        return Row(name, mine, flops / mine / 1e9, "TFLOP/s", of=f"torch, which {why}")
     mine, theirs = timed(back if backward else forward, peer)
     return Row(name, mine, flops / mine / 1e9, "TFLOP/s", theirs / mine, "torch's cuDNN SDPA", wanted)
 
@@ -234,6 +240,10 @@ def main() -> int:
             for backward in (False, True):
                 name = f"attention {'backward' if backward else 'forward'} {length}"
                 case(name, lambda s=length, c=causal, b=backward: attentions(s, c, b))
+    for size, v_size in ((192, 128), (256, 256)):
+        for backward in (False, True):
+            name = f"attention {'backward' if backward else 'forward'} {size}/{v_size}"
+            case(name, lambda b=backward, d=size, e=v_size: attentions(8192, True, b, d, e))
     case("rows of experts", lambda: rows_of_experts(4096, 2, 4096, 8, copied))
     case("rows of experts", lambda: rows_of_experts(32768, 8, 2048, 128, copied))
     case("grouped product", lambda: grouped(32768, 8, 4096, 14336))

@@ -264,6 +264,24 @@ def sizes(
     }
 
 
+def factor_sums(case: Case) -> dict[str, Array]:
+    """What an error of 1 in every weight, and in every derivative of a logit, can make of each sum."""
+    wide, group = case.wide, case.q.shape[2] // case.k.shape[2]
+    seen, scale = oracle.seen(case.mask).astype(np.float64), abs(case.mask.scale)
+    q, k, v, d_out = (
+        abs(_heads(wide.q)),
+        abs(_heads(wide.k, group)),
+        abs(_heads(wide.v, group)),
+        abs(_heads(wide.d_out)),
+    )
+    return {
+        "out": _tokens(np.matmul(seen, v)),
+        "d_q": scale * _tokens(np.matmul(seen, k)),
+        "d_k": scale * _tokens(np.matmul(seen.T, q), group),
+        "d_v": _tokens(np.matmul(seen.T, d_out), group),
+    }
+
+
 def assert_as_exact(name: str, result: Array, plain: Array, right: Array, size: Array, allowance: float) -> None:
     """The rule of the head of this file; the infinities of `right` must be met."""
     assert result.shape == right.shape

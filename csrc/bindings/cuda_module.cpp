@@ -11,7 +11,8 @@
 namespace fivedp {
 #ifdef FIVEDP_CUDA_EMULATED
 void run_fault(int which, const float* x, float* y, int n, bool faulty);
-void run_product(bool bf16, const void* a, const void* b, float* d, int n, bool b_is_columns, int fault);
+void run_product(bool bf16, const void* a, const void* b, float* d, int n, bool b_is_columns, bool a_in_registers,
+                 int fault);
 #endif
 void bind_cuda_activation(pybind11::module_& module);
 void bind_cuda_adamw(pybind11::module_& module);
@@ -47,9 +48,9 @@ PYBIND11_MODULE(FIVEDP_CUDA_MODULE, module) {
         fivedp::run_fault(which, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n, faulty);
     });
     module.def("run_product", [](bool bf16, std::uintptr_t a, std::uintptr_t b, std::uintptr_t d, int n,
-                                 bool b_is_columns, int fault) {
+                                 bool b_is_columns, bool a_in_registers, int fault) {
         fivedp::run_product(bf16, reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
-                            reinterpret_cast<float*>(d), n, b_is_columns, fault);
+                            reinterpret_cast<float*>(d), n, b_is_columns, a_in_registers, fault);
     });
 #endif
 }

@@ -53,8 +53,7 @@ constexpr int largest_attention_size = 256;
 constexpr std::int64_t most_attention_tokens = (std::int64_t{1} << 31) - 512;
 
 // Returns which kernel it was: "sm90", "sm80", "plain", or "none" for nothing to do. The first one only where `hopper`
-// asks for it, the chip has its instructions and the arrays' rows lie at multiples of 16 bytes; the backward's up to a
-// head size of 128.
+// asks for it, the chip has its instructions and the arrays' rows lie at multiples of 16 bytes.
 const char* attention_forward(const DeviceAttention& problem, bool hopper, Stream stream);
 const char* attention_backward(const DeviceAttention& problem, bool hopper, Stream stream);
 
@@ -77,7 +76,7 @@ void attention_join(const AttentionRows& rows, const AttentionState& first, cons
 // What attention_forward and attention_backward choose from. The spans are made before.
 void attention_spans(const DeviceAttention& problem, Stream stream);
 void attention_forward_sm80(const DeviceAttention& problem, Stream stream);
-// False: not started, because of the chip, of the arrays, or (backward) of a head size above 128.
+// False: not started, because of the chip or of the arrays.
 bool attention_forward_sm90(const DeviceAttention& problem, Stream stream);
 bool attention_backward_sm90(const DeviceAttention& problem, Stream stream);
 void attention_backward_sm80(const DeviceAttention& problem, Stream stream);

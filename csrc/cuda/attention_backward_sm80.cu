@@ -14,7 +14,7 @@
 // of 128 (97 KB) and one above (128 KB); swizzled as attention_tiles.cuh says. d_k and d_v of sizes above 128 are made
 // in four blocks of 64 columns, each of which makes the weights anew.
 //
-// FLOPs: 2 (5 size + 4 v_size) a visible pair, of which 2 (3 size + 2 v_size) would do for one kernel that adds d_q to
+// FLOPs: 2 (4 size + 3 v_size) a visible pair, of which 2 (3 size + 2 v_size) would do for one kernel that adds d_q to
 // memory in any order. The gradients are in float and are added to.
 #include "cuda/attention_gradients.cuh"
 #include "cuda/attention_tiles.cuh"

@@ -151,28 +151,34 @@ FIVEDP_DEVICE void settle(std::uint32_t (&a)[n][4]) {
 }
 
 // start_product(T{}, d, a, b, add): d = a b^T (+ d where `add`), a: 64 x 16 and b: n x 16, both rows of k.
-// start_product(T{}, d, a, b): d += a b, a: 64 x 16 in registers, b: 16 x n, columns of k.
-#define FIVEDP_NAMES_32                                                                               \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
-    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+// start_product(T{}, d, a, b): d += a b, a: 64 x 16 in registers or rows of k, b: 16 x n, columns of k.
+#define FIVEDP_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FIVEDP_NAMES_32 \
+    FIVEDP_NAMES_16     \
+    ", "                \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FIVEDP_NAMES_64                                                                               \
     FIVEDP_NAMES_32                                                                                   \
     ", "                                                                                              \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
     "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FIVEDP_NAMES_128                                                                               \
-    FIVEDP_NAMES_64                                                                                    \
-    ", "                                                                                               \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "  \
-    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "      \
-    "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
-    "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FIVEDP_NAMES_96                                                                               \
+    FIVEDP_NAMES_64                                                                                   \
+    ", "                                                                                              \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FIVEDP_NAMES_128                                                                                 \
+    FIVEDP_NAMES_96                                                                                      \
+    ", "                                                                                                 \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
+    "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FIVEDP_SUMS_8(d, j)                                                                           \
     "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]), "+f"(d[j + 1][0]), "+f"(d[j + 1][1]), \
         "+f"(d[j + 1][2]), "+f"(d[j + 1][3])
-#define FIVEDP_SUMS_32(d, j) \
-    FIVEDP_SUMS_8(d, j), FIVEDP_SUMS_8(d, j + 2), FIVEDP_SUMS_8(d, j + 4), FIVEDP_SUMS_8(d, j + 6)
+#define FIVEDP_SUMS_16(d, j) FIVEDP_SUMS_8(d, j), FIVEDP_SUMS_8(d, j + 2)
+#define FIVEDP_SUMS_32(d, j) FIVEDP_SUMS_16(d, j), FIVEDP_SUMS_16(d, j + 4)
 #define FIVEDP_SUMS_64(d, j) FIVEDP_SUMS_32(d, j), FIVEDP_SUMS_32(d, j + 8)
+#define FIVEDP_SUMS_96(d, j) FIVEDP_SUMS_64(d, j), FIVEDP_SUMS_32(d, j + 16)
 #define FIVEDP_SUMS_128(d, j) FIVEDP_SUMS_64(d, j), FIVEDP_SUMS_64(d, j + 16)
 
 // `sums` registers of accumulators, 2 * sums columns; the operands after them by their names.
@@ -190,24 +196,40 @@ FIVEDP_DEVICE void settle(std::uint32_t (&a)[n][4]) {
                      : FIVEDP_SUMS_##sums(d, 0)                                                                       \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
     }
-#define FIVEDP_PRODUCTS(T, type)                                               \
-    FIVEDP_PRODUCT_OF_SHARED(T, type, 64, 32, "%32", "%33", "%34")             \
-    FIVEDP_PRODUCT_OF_SHARED(T, type, 128, 64, "%64", "%65", "%66")            \
-    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 64, 32, "%32, %33, %34, %35", "%36")  \
-    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 128, 64, "%64, %65, %66, %67", "%68") \
+#define FIVEDP_PRODUCT_OF_COLUMNS(T, type, columns, sums, a_name, b_name)                                             \
+    FIVEDP_DEVICE void start_product(T, float(&d)[columns / 8][4], std::uint64_t a, std::uint64_t b) {                \
+        asm volatile("{\n.reg .pred p;\nsetp.eq.s32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #columns             \
+                     "k16.f32." type "." type " {" FIVEDP_NAMES_##sums "}, " a_name ", " b_name ", p, 1, 1, 0, 1;\n}" \
+                     : FIVEDP_SUMS_##sums(d, 0)                                                                       \
+                     : "l"(a), "l"(b));                                                                               \
+    }
+#define FIVEDP_PRODUCTS(T, type)                                                \
+    FIVEDP_PRODUCT_OF_SHARED(T, type, 32, 16, "%16", "%17", "%18")              \
+    FIVEDP_PRODUCT_OF_SHARED(T, type, 64, 32, "%32", "%33", "%34")              \
+    FIVEDP_PRODUCT_OF_SHARED(T, type, 128, 64, "%64", "%65", "%66")             \
+    FIVEDP_PRODUCT_OF_COLUMNS(T, type, 64, 32, "%32", "%33")                    \
+    FIVEDP_PRODUCT_OF_COLUMNS(T, type, 128, 64, "%64", "%65")                   \
+    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 64, 32, "%32, %33, %34, %35", "%36")   \
+    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 128, 64, "%64, %65, %66, %67", "%68")  \
+    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 192, 96, "%96, %97, %98, %99", "%100") \
     FIVEDP_PRODUCT_OF_REGISTERS(T, type, 256, 128, "%128, %129, %130, %131", "%132")
 FIVEDP_PRODUCTS(Bf16, "bf16")
 FIVEDP_PRODUCTS(Half, "f16")
 #undef FIVEDP_PRODUCTS
 #undef FIVEDP_PRODUCT_OF_REGISTERS
+#undef FIVEDP_PRODUCT_OF_COLUMNS
 #undef FIVEDP_PRODUCT_OF_SHARED
 #undef FIVEDP_SUMS_128
+#undef FIVEDP_SUMS_96
 #undef FIVEDP_SUMS_64
 #undef FIVEDP_SUMS_32
+#undef FIVEDP_SUMS_16
 #undef FIVEDP_SUMS_8
 #undef FIVEDP_NAMES_128
+#undef FIVEDP_NAMES_96
 #undef FIVEDP_NAMES_64
 #undef FIVEDP_NAMES_32
+#undef FIVEDP_NAMES_16
 
 // Ends the kernel with an error.
 FIVEDP_DEVICE void trap() {

@@ -20,12 +20,15 @@ def product(xp: Any, seed: int) -> Any:
         pytest.skip("this is a real GPU")
     rng = np.random.default_rng(seed)
 
-    def run(n: int = 64, b_is_columns: bool = False, fault: int = 0, bf16: bool = True) -> tuple[Any, Any, Any]:
+    def run(
+        n: int = 64, b_is_columns: bool = False, a_in_registers: bool = False, fault: int = 0, bf16: bool = True
+    ) -> tuple[Any, Any, Any]:
         a = rng.standard_normal((64, 64)).astype(ml_dtypes.bfloat16 if bf16 else np.float16)
         b = rng.standard_normal((64, n)).astype(a.dtype)
         b = np.ascontiguousarray(b if b_is_columns else b.T)
         d = np.full((64, n), np.nan, np.float32)
-        _cuda.run_product(bf16, a.ctypes.data, b.ctypes.data, d.ctypes.data, n, b_is_columns, fault)
+        addresses = (a.ctypes.data, b.ctypes.data, d.ctypes.data)
+        _cuda.run_product(bf16, *addresses, n, b_is_columns, a_in_registers, fault)
         return a, (b if b_is_columns else b.T), d
 
     return run
@@ -36,10 +39,15 @@ def exact(a: Any, b: Any) -> Any:
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize("n", [64, 128])
-@pytest.mark.parametrize("b_is_columns", [False, True])
-def test_a_product_is_that_of_float64(product: Any, n: int, b_is_columns: bool, bf16: bool) -> None:
-    a, b, d = product(n, b_is_columns, bf16=bf16)
+@pytest.mark.parametrize(
+    ("n", "b_is_columns", "a_in_registers"),
+    [(32, False, False), (64, False, False), (128, False, False), (64, True, False), (128, True, False)]
+    + [(64, True, True), (128, True, True)],
+)
+def test_a_product_is_that_of_float64(
+    product: Any, n: int, b_is_columns: bool, a_in_registers: bool, bf16: bool
+) -> None:
+    a, b, d = product(n, b_is_columns, a_in_registers, bf16=bf16)
     np.testing.assert_allclose(d, exact(a, b), rtol=0, atol=1e-4)
 
 

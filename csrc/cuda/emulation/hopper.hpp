@@ -132,3 +132,7 @@ template <class T, int n>
 void start_product(T, float (&d)[n][4], const std::uint32_t (&a)[4], std::uint64_t b) {
     emulation::start_part({d[0], a, 0, b, 8 * n, true, true, emulation::value_of<T>});
 }
+template <class T, int n>
+void start_product(T, float (&d)[n][4], std::uint64_t a, std::uint64_t b) {
+    emulation::start_part({d[0], nullptr, a, b, 8 * n, true, true, emulation::value_of<T>});
+}

@@ -5,8 +5,7 @@ may be NumPy arrays, which are copied to the device, in one piece and without wa
 
 FIVEDP_ATTENTION_KERNEL=sm90 chooses the kernels with the instructions of compute capability 9.x (H100, H200) for
 bfloat16 and float16; they have not run on a GPU yet. The default, sm80, is for every chip from 8.0, and serves under
-sm90 too where the chip is another one, rows do not begin at multiples of 16 bytes, or a backward's heads are larger
-than 128.
+sm90 too where the chip is another one or rows do not begin at multiples of 16 bytes.
 """
 
 from __future__ import annotations
