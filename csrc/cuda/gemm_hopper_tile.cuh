@@ -14,7 +14,10 @@
 //   weights: a thread has gate and up of an element in sums j and j + 16.
 //
 // Either factor may have its elements contiguous along k or along the other index; a half is one box of 128 rows of 64
-// k, or two panels of 64 rows of k, both swizzled by 128 bytes (hopper.cuh), and wgmma reads both.
+// k, or two panels of 64 rows of k, both swizzled by 128 bytes (hopper.cuh), and wgmma reads both. Each of the four
+// cases is a kernel of its own, since the instruction says which it is, and the compiler lets no products overlap whose
+// sums come from several places. Segments that lie another way round than the longest one are copied element by
+// element.
 //
 // Barriers of a stage: `landed` when all four copying warps have arrived and the bytes of the boxes are there, `free`
 // when the eight multiplying warps are done with it. A warp that copies itself arrives two blocks later, when its
@@ -22,6 +25,8 @@
 // which sums become rows: one block a multiprocessor. For a tile 2 * 128 * 256 * k FLOPs and (128 + 256) * k elements
 // read.
 #pragma once
+
+#include <utility>
 
 #include "cuda/hopper.cuh"
 #include "cuda/product_tile.cuh"
@@ -31,8 +36,8 @@ namespace fivedp {
 constexpr int product_rows = 128, product_columns = 256, product_depth = 64, product_stages = 4;
 constexpr int multiplying_warps = 8, bringing_warps = 4, product_threads = 32 * (multiplying_warps + bringing_warps);
 constexpr int bringing_threads = 32 * bringing_warps;
-// 2 x 208 + 88 registers of 128 threads are what 12 warps with 168 each have.
-constexpr int multiplying_registers = 208, bringing_registers = 88;
+// 2 x 216 + 72 registers of 128 threads are what 12 warps with 168 each have.
+constexpr int multiplying_registers = 216, bringing_registers = 72;
 constexpr int half_extent = 128, half_bytes = half_extent * 128, panel_bytes = half_bytes / 2;
 constexpr int copies_behind = 2;  // blocks of k whose copies may be under way; less than there are stages
 
@@ -80,6 +85,24 @@ inline bool box_of(DeviceType type, const GemmOperand& of, std::int64_t outer, s
         fits = fits && step > 0 && step % 16 == 0 && step < std::int64_t{1} << 40;
     if (fits) to = tensor_map(tensor);
     return fits;
+}
+
+// Whether the rows of the longest segment of a factor are k; all are turned so, with elements that are then copied one
+// by one. `count` of them, operand(i) and extent(i).
+template <class Operand, class Extent>
+bool turn_alike(int count, const Operand& operand, const Extent& extent) {
+    int longest = 0;
+    for (int i = 1; i < count; ++i)
+        if (extent(i) > extent(longest)) longest = i;
+    const int along_k = operand(longest).rows_along_k;
+    for (int i = 0; i < count; ++i) {
+        GemmOperand& of = operand(i);
+        if (of.rows_along_k == along_k) continue;
+        std::swap(of.row_stride, of.column_stride);
+        of.rows_along_k = along_k;
+        of.vectors = 0;
+    }
+    return along_k != 0;
 }
 
 // By all threads of the block, at the kernel's start.
@@ -139,7 +162,7 @@ struct Bringing {
 // Brings a tile's factors; `me` is the number of this warp among those that do. A source has, beyond what gemm_tile.cuh
 // says of it, waits(): whether wait() waits for flags; ends_with_arrays(): whether nothing follows the last k of a
 // segment in what ProductBoxes say of it.
-template <class T, class Source, class Boxes>
+template <class T, bool a_along_k, bool b_along_k, class Source, class Boxes>
 FIVEDP_DEVICE void bring_tile(Bringing& state, Source& source, const Boxes& boxes, int me) {
     ProductShared& shared = shared_from_boundary<ProductShared>();
     const TileOrigin& at = source.origin;
@@ -177,7 +200,7 @@ FIVEDP_DEVICE void bring_tile(Bringing& state, Source& source, const Boxes& boxe
                     const int outer = static_cast<int>(first), along = static_cast<int>(from.k_before + first_k);
                     const int matrix = from.batch_stride != 0 ? static_cast<int>(batch) : 0;
                     expect_bytes(landed, half_bytes);
-                    if (from.rows_along_k) {
+                    if (half == 0 ? a_along_k : b_along_k) {
                         copy_box(to, map, landed, outer, along, matrix, 0);
                         copy_box(to + panel_bytes, map, landed, outer + panel_columns, along, matrix, 0);
                     } else {
@@ -187,7 +210,7 @@ FIVEDP_DEVICE void bring_tile(Bringing& state, Source& source, const Boxes& boxe
                 }
                 copied = true;
                 const int count = left < half_extent ? left : half_extent;
-                if (from.rows_along_k)
+                if (half == 0 ? a_along_k : b_along_k)
                     copy_half<T, true>(to, from, batch, first_k, first, n_k, count);
                 else
                     copy_half<T, false>(to, from, batch, first, first_k, count, n_k);
@@ -202,7 +225,7 @@ FIVEDP_DEVICE void bring_tile(Bringing& state, Source& source, const Boxes& boxe
     }
 }
 
-// sums = (or, with `add`, +=) the product of some blocks of k, one kind of rows each.
+// sums = (or, with `add`, +=) the product of some blocks of k.
 template <class T, bool a_along_k, bool b_along_k>
 FIVEDP_DEVICE void multiply_blocks(ProductSums& sums, ProductTurn& turn, ProductShared& shared, int group, int blocks,
                                    bool add) {
@@ -233,7 +256,7 @@ FIVEDP_DEVICE void multiply_blocks(ProductSums& sums, ProductTurn& turn, Product
 }
 
 // sums = the product over all segments of a source, for 64 rows of the tile.
-template <class T, class Source>
+template <class T, bool a_along_k, bool b_along_k, class Source>
 FIVEDP_DEVICE void multiply_tile(ProductSums& sums, ProductTurn& turn, const Source& source, int group,
                                  ProductOpenSums open) {
     ProductShared& shared = shared_from_boundary<ProductShared>();
@@ -251,17 +274,7 @@ FIVEDP_DEVICE void multiply_tile(ProductSums& sums, ProductTurn& turn, const Sou
             }
             continue;
         }
-        if (source.a(segment).rows_along_k) {
-            if (source.b(segment).rows_along_k)
-                multiply_blocks<T, true, true>(sums, turn, shared, group, blocks, add);
-            else
-                multiply_blocks<T, true, false>(sums, turn, shared, group, blocks, add);
-        } else {
-            if (source.b(segment).rows_along_k)
-                multiply_blocks<T, false, true>(sums, turn, shared, group, blocks, add);
-            else
-                multiply_blocks<T, false, false>(sums, turn, shared, group, blocks, add);
-        }
+        multiply_blocks<T, a_along_k, b_along_k>(sums, turn, shared, group, blocks, add);
         add = add || blocks > 0;
         const bool last = segment + 1 == segments;
         if (source.merges(segment) < 0 && !last) continue;

@@ -21,7 +21,7 @@ FIVEDP_DEVICE void write_tile(const ProductSums& sums, const GemmProblem& proble
                       });
 }
 
-template <class T>
+template <class T, bool a_along_k, bool b_along_k>
 FIVEDP_KERNEL(product_threads, 1)
 gemm_wgmma(const FIVEDP_GRID_CONSTANT GemmProblem problem, const FIVEDP_GRID_CONSTANT GemmBoxes boxes) {
 #ifdef FIVEDP_HOPPER
@@ -40,7 +40,7 @@ gemm_wgmma(const FIVEDP_GRID_CONSTANT GemmProblem problem, const FIVEDP_GRID_CON
         while (next()) {
             const GemmSource<product_depth> source{problem, at.origin};
             ProductSums sums;
-            multiply_tile<T>(sums, turn, source, me / 4, open);
+            multiply_tile<T, a_along_k, b_along_k>(sums, turn, source, me / 4, open);
             if (problem.c.is_sum)
                 write_tile<T, float>(sums, problem, at.origin);
             else
@@ -52,7 +52,7 @@ gemm_wgmma(const FIVEDP_GRID_CONSTANT GemmProblem problem, const FIVEDP_GRID_CON
         while (next()) {
             wait_for_rows(problem, at.origin);
             GemmSource<product_depth> source{problem, at.origin};
-            bring_tile<T>(state, source, boxes, me - multiplying_warps);
+            bring_tile<T, a_along_k, b_along_k>(state, source, boxes, me - multiplying_warps);
         }
         state.finish();
     }
@@ -69,9 +69,9 @@ std::int64_t gemm_blocks(std::int64_t batch, std::int64_t m, std::int64_t n) {
 
 constexpr std::int64_t tile_bytes = ProductOpenSums::of_tile * sizeof(float);
 
-template <class T>
+template <class T, bool a_along_k, bool b_along_k>
 bool start(const GemmProblem& problem, Stream stream) {
-    if (!built_for_hopper(gemm_wgmma<T>)) return false;
+    if (!built_for_hopper(gemm_wgmma<T, a_along_k, b_along_k>)) return false;
     std::int64_t blocks = gemm_blocks(problem.batch, problem.m, problem.n);
     if (problem.n_open > 0) blocks = least(blocks, problem.workspace_bytes / (problem.n_open * tile_bytes));
     if (blocks <= 0) return true;
@@ -83,8 +83,19 @@ bool start(const GemmProblem& problem, Stream stream) {
         boxes.a_boxed |= static_cast<std::uint32_t>(a) << i;
         boxes.b_boxed |= static_cast<std::uint32_t>(b) << i;
     }
-    launch(gemm_wgmma<T>, blocks, 1, 1, product_threads, product_shared_bytes, stream, problem, boxes);
+    launch(gemm_wgmma<T, a_along_k, b_along_k>, blocks, 1, 1, product_threads, product_shared_bytes, stream, problem,
+           boxes);
     return true;
+}
+
+template <class T>
+bool start_turned(GemmProblem problem, Stream stream) {
+    const auto k = [&](int i) { return problem.segments[i].k; };
+    const auto a = [&](int i) -> GemmOperand& { return problem.segments[i].a; };
+    const auto b = [&](int i) -> GemmOperand& { return problem.segments[i].b; };
+    const bool a_along_k = turn_alike(problem.n_segments, a, k), b_along_k = turn_alike(problem.n_segments, b, k);
+    if (a_along_k) return (b_along_k ? start<T, true, true> : start<T, true, false>)(problem, stream);
+    return (b_along_k ? start<T, false, true> : start<T, false, false>)(problem, stream);
 }
 
 }  // namespace
@@ -95,7 +106,7 @@ std::int64_t gemm_workspace_sm90(std::int64_t batch, std::int64_t m, std::int64_
 
 bool gemm_sm90(const GemmProblem& problem, Stream stream) {
     if (element_bytes(problem.type) != 2 || compute_capability() / 10 != 9) return false;
-    return problem.type == DeviceType::bf16 ? start<Bf16>(problem, stream) : start<Half>(problem, stream);
+    return problem.type == DeviceType::bf16 ? start_turned<Bf16>(problem, stream) : start_turned<Half>(problem, stream);
 }
 
 }  // namespace fivedp

@@ -33,7 +33,7 @@ FIVEDP_DEVICE void write_tile(const ProductSums& sums, const GroupedProblem& pro
                           });
 }
 
-template <class T>
+template <class T, bool a_along_k, bool b_along_k>
 FIVEDP_KERNEL(product_threads, 1)
 grouped_wgmma(const FIVEDP_GRID_CONSTANT GroupedProblem problem, const FIVEDP_GRID_CONSTANT GroupedBoxes boxes) {
 #ifdef FIVEDP_HOPPER
@@ -51,7 +51,7 @@ grouped_wgmma(const FIVEDP_GRID_CONSTANT GroupedProblem problem, const FIVEDP_GR
         while (next()) {
             const GroupedSource source{problem, at, at.origin};
             ProductSums sums;
-            multiply_tile<T>(sums, turn, source, me / 4, ProductOpenSums{nullptr});
+            multiply_tile<T, a_along_k, b_along_k>(sums, turn, source, me / 4, ProductOpenSums{nullptr});
             write_tile<T>(sums, problem, at);
         }
     } else {
@@ -59,7 +59,7 @@ grouped_wgmma(const FIVEDP_GRID_CONSTANT GroupedProblem problem, const FIVEDP_GR
         Bringing state;
         while (next()) {
             GroupedSource source{problem, at, at.origin};
-            bring_tile<T>(state, source, boxes, me - multiplying_warps);
+            bring_tile<T, a_along_k, b_along_k>(state, source, boxes, me - multiplying_warps);
         }
         state.finish();
     }
@@ -68,9 +68,9 @@ grouped_wgmma(const FIVEDP_GRID_CONSTANT GroupedProblem problem, const FIVEDP_GR
 #endif
 }
 
-template <class T>
+template <class T, bool a_along_k, bool b_along_k>
 bool start(const GroupedProblem& problem, Stream stream) {
-    if (!built_for_hopper(grouped_wgmma<T>)) return false;
+    if (!built_for_hopper(grouped_wgmma<T, a_along_k, b_along_k>)) return false;
     const std::int64_t blocks = least(most_tiles(problem, product_rows, width_of(problem.gated)), multiprocessors());
     if (blocks <= 0) return true;
     const bool outer = problem.kind == GroupedKind::outer;
@@ -85,15 +85,26 @@ bool start(const GroupedProblem& problem, Stream stream) {
     if (problem.gated)
         boxes.second_boxed =
             box_of(problem.type, problem.up_weights, problem.n, problem.k[0], problem.n_experts, boxes.second);
-    launch(grouped_wgmma<T>, blocks, 1, 1, product_threads, product_shared_bytes, stream, problem, boxes);
+    launch(grouped_wgmma<T, a_along_k, b_along_k>, blocks, 1, 1, product_threads, product_shared_bytes, stream, problem,
+           boxes);
     return true;
+}
+
+template <class T>
+bool start_turned(GroupedProblem problem, Stream stream) {
+    // Rows of x lie one way round: they are the k of an outer product, and rows of the result otherwise.
+    if (problem.kind == GroupedKind::outer) return start<T, true, true>(problem, stream);
+    const auto k = [&](int i) { return problem.k[i]; };
+    const auto w = [&](int i) -> GemmOperand& { return problem.w[i]; };
+    const bool along_k = turn_alike(problem.n_pieces, w, k);
+    return (along_k ? start<T, false, true> : start<T, false, false>)(problem, stream);
 }
 
 }  // namespace
 
 bool grouped_product_sm90(const GroupedProblem& problem, Stream stream) {
     if (element_bytes(problem.type) != 2 || compute_capability() / 10 != 9) return false;
-    return problem.type == DeviceType::bf16 ? start<Bf16>(problem, stream) : start<Half>(problem, stream);
+    return problem.type == DeviceType::bf16 ? start_turned<Bf16>(problem, stream) : start_turned<Half>(problem, stream);
 }
 
 }  // namespace fivedp

@@ -64,8 +64,8 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
     """
     q_rows, k_rows, v_rows = _rows(q=q, k=k, v=v)
     ran: str = extension().attention_forward(
-        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state), asked_kernel("ATTENTION") == "sm90",
-        stream_of(q),
+        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state),
+        asked_kernel("ATTENTION") == "sm90", stream_of(q),
     )  # fmt: skip
     return ran
 

@@ -5,11 +5,11 @@ in a fixed binary tree. So an element has the same bits whatever M, N, strides, 
 partial products over aligned spans of shards, joined by `tree_sum`, have the bits of one product over all of K. They
 are the bits of this kernel, not those of the CPU's: matrix instructions add 16 products at a time.
 
-FIVEDP_PRODUCT_KERNEL=sm90 chooses the kernels with the instructions of compute capability 9.x (H100, H200) for bfloat16
-and float16, here and in `fivedp.kernels.cuda.grouped`; they have not run on a GPU yet. The default, sm80, is for every
-chip from 8.0, and serves under sm90 too where the chip is another one, and for float32 and float64. The two may differ in
-bits. Nothing else chooses between them, neither sizes nor how arrays lie, so that ranks with the same setting and the
-same kind of chip have the bits of one of the two.
+FIVEDP_PRODUCT_KERNEL=sm90 chooses the kernels with the instructions of compute capability 9.x (H100, H200) for
+bfloat16 and float16, here and in `fivedp.kernels.cuda.grouped`; they have not run on a GPU yet. The default, sm80, is
+for every chip from 8.0, and serves under sm90 too where the chip is another one, and for float32 and float64. The two
+may differ in bits. Nothing else chooses between them, neither sizes nor how arrays lie: ranks with the same setting and
+the same kind of chip have the bits of one of the two.
 """
 
 from __future__ import annotations
