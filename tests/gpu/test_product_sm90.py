@@ -12,7 +12,7 @@ import pytest
 from product_operands import Guarded, dtype_of, has_hopper, laid_out, rounding, select, sum_bound
 
 from fivedp.kernels._array_library import combine, default_cuts
-from fivedp.kernels.cuda._extension import asked_kernel
+from fivedp.kernels.cuda._extension import asked_kernel, extension, raw, stream_of
 from fivedp.kernels.cuda.gemm import gemm
 from fivedp.kernels.cuda.grouped import expert_hidden, grouped_matmul, grouped_outer
 from fivedp.kernels.cuda.rows import CudaRows
@@ -140,6 +140,23 @@ def test_batches(xp: Any, host: Any, seed: int, dtype: str, shared: str) -> None
     c = Guarded(xp, (3, 40, 72), a.dtype)
     gemm(within_nan(xp, a), within_nan(xp, b, "columns"), c.array)
     right(dtype, c.values(host), a, b, dtype)
+
+
+@each_half
+def test_less_workspace_means_fewer_blocks(xp: Any, host: Any, seed: int, dtype: str) -> None:
+    rng = np.random.default_rng(seed)
+    k = 8 * 20
+    a, b, cuts = normal(rng, dtype, 200, k), normal(rng, dtype, k, 500), default_cuts(k)
+    whole, few = Guarded(xp, (200, 500), FLOAT), Guarded(xp, (200, 500), FLOAT)
+    factors = xp.asarray(a), xp.asarray(b)
+    gemm(*factors, whole.array)
+    bits = [raw(factor, "factor") for factor in factors]
+    room = xp.full(extension().gemm_workspace(bits[0], 1, 1, 1, len(cuts) - 1, True), 255, np.uint8)
+    stream = stream_of(few.array)
+    ran = extension().gemm([bits[0]], [bits[1]], few.array, cuts, 1.0, 0.0, None, 0, False, room, True, stream)
+    assert ran == "sm90"
+    right(dtype, whole.values(host), a, b)
+    np.testing.assert_array_equal(few.values(host), whole.values(host))
 
 
 GROUPS = [0, 1, 63, 64, 65, 0, 128, 150]
