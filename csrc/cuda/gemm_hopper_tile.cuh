@@ -10,7 +10,7 @@
 //   engine (TMA) where that can be told of its array, else through these warps' registers and cp.async to the same
 //   places: rows that a table names, rows that do not begin at multiples of 16 bytes, and the last k of a group of rows
 //   whose end only the device knows, behind which zeros have to follow, not the next group. So neither an address nor
-//   a stride changes a bit, and one kernel serves all. With a gate, the second half of B are columns of the other
+//   a stride changes a bit. With a gate, the second half of B are columns of the other
 //   weights: a thread has gate and up of an element in sums j and j + 16.
 //
 // Either factor may have its elements contiguous along k or along the other index; a half is one box of 128 rows of 64
@@ -21,7 +21,7 @@
 //
 // Barriers of a stage: `landed` when all four copying warps have arrived and the bytes of the boxes are there, `free`
 // when the eight multiplying warps are done with it. A warp that copies itself arrives two blocks later, when its
-// copies are there. Copying goes on with the next tile while sums are stored. 196 KiB of stages and 20 KiB through
+// copies are there. Copying goes on with the next tile while sums are stored. 192 KiB of stages and 20 KiB through
 // which sums become rows: one block a multiprocessor. For a tile 2 * 128 * 256 * k FLOPs and (128 + 256) * k elements
 // read.
 #pragma once

@@ -15,9 +15,9 @@ struct GemmOperand {
     const std::int64_t* rows;
     std::int64_t row_stride, column_stride;
     std::int64_t batch_stride;  // from matrix to matrix of a batch, or from expert to expert
-    std::int64_t k_before;  // elements along k that the array has before `data`: this may be a part of it
+    std::int64_t k_before;      // elements along k that the array has before `data`: this may be a part of it
     int rows_along_k;
-    int vectors;            // elements of a row are contiguous and all rows begin at multiples of 16 bytes
+    int vectors;  // elements of a row are contiguous and all rows begin at multiples of 16 bytes
 };
 
 struct GemmResult {

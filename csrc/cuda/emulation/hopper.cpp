@@ -57,7 +57,7 @@ struct Thread {
     std::map<const float*, std::shared_ptr<Sums>> sums;
     std::vector<std::shared_ptr<Product>> open;
     std::deque<std::vector<std::shared_ptr<Product>>> groups;
-    bool fenced = false;
+    bool fenced = false, boxes_may_be_old = false;
 };
 Thread threads_of_block[1024];
 
@@ -212,6 +212,8 @@ void copy_box(const BoxCopy& copy) {
     const bool fits = shared_address(copy.to) % swizzle_bytes == 0 && place >= 0 &&
                       place + bytes <= static_cast<std::int64_t>(for_products.size());
     expect(fits, "a box of the copy engine does not fit into shared memory, or is not aligned");
+    expect(!threads_of_block[here.thread].boxes_may_be_old,
+           "a box may have been read before the flag that its thread has seen: show_to_boxes is missing");
     const auto found = barriers.find(copy.barrier);
     expect(found != barriers.end() && found->second.published, "a copy counts at a barrier that was not made known");
     if (!fits || found == barriers.end()) return;
@@ -274,6 +276,13 @@ void wait_at(void* barrier, int parity) {
 }
 void publish_shared() {
     std::memcpy(for_products.data(), dynamic_memory, for_products.size());
+}
+
+void see_flag() {
+    threads_of_block[here.thread].boxes_may_be_old = true;
+}
+void show_flags() {
+    threads_of_block[here.thread].boxes_may_be_old = false;
 }
 
 void meet_some(int number, int n, bool waits) {

@@ -4,7 +4,8 @@
 // Shared memory is kept twice: as threads see it, and as the copy engine and the tensor cores do. Boxes go to both;
 // what threads write goes to the other one when a thread calls publish_to_products. Boxes arrive at a random time and
 // are NaN in between. A product reads its factors when it starts and again when it is waited for: it is an error if
-// they have changed. Its accumulators are NaN until then.
+// they have changed. Its accumulators are NaN until then. A thread that has read a flag may start no box before
+// show_to_boxes.
 
 namespace emulation {
 
@@ -26,6 +27,7 @@ void arrive_at(void* barrier, std::int64_t bytes);
 void expect_at(void* barrier, std::int64_t bytes);
 void wait_at(void* barrier, int parity);
 void publish_shared();
+void show_flags();
 void meet_some(int number, int n, bool waits);
 
 // One thread's part of a product that all threads of its warpgroup start together.
@@ -95,7 +97,9 @@ inline void publish_to_products() {
     emulation::publish_shared();
 }
 
-inline void show_to_boxes() {}
+inline void show_to_boxes() {
+    emulation::show_flags();
+}
 
 inline void sync_some(int number, int n) {
     emulation::meet_some(number, n, true);
