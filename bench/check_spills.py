@@ -1,9 +1,10 @@
-"""Fail where the compiler has put registers of a CUDA kernel into memory.
+"""Fail where the compiler has put registers of a CUDA kernel into memory, or its wgmma wait for each other.
 
     pip install -v . 2>&1 | tee build.log; python bench/check_spills.py build.log
 
 Reads what `ptxas -v` says of every kernel and chip (the build asks for it). Prints a table of registers and shared
-memory; the exit status is 1 where a kernel spills, 2 where the log names no kernel at all.
+memory; the exit status is 1 where a kernel spills or ptxas says that its wgmma are serialized, 2 where the log names no
+kernel at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+_SERIAL = re.compile(r"wgmma\.mma_async instructions are serialized due to (.*) in the function '(\w+)'")
 
 
 @dataclass
@@ -58,6 +61,12 @@ def read(lines: list[str]) -> list[Kernel]:
     return kernels
 
 
+def serialized(lines: list[str]) -> list[tuple[str, str]]:
+    """Kernels whose products wait for each other, and why."""
+    found = (_SERIAL.search(line) for line in lines)
+    return [(match[2], match[1]) for match in found if match]
+
+
 def readable(names: list[str]) -> list[str]:
     """Names of functions as they were written, where c++filt is there."""
     if not names or shutil.which("c++filt") is None:
@@ -74,7 +83,8 @@ def main() -> int:
     parser.add_argument("log", type=Path, help="the output of the build")
     parser.add_argument("--all", action="store_true", help="print every kernel, not only those that spill")
     options = parser.parse_args()
-    kernels = read(options.log.read_text(errors="replace").splitlines())
+    lines = options.log.read_text(errors="replace").splitlines()
+    kernels, serial = read(lines), serialized(lines)
     if not kernels:
         print(f"{options.log} names no kernel: was the CUDA extension built, with -Xptxas=-v?", file=sys.stderr)
         return 2
@@ -82,9 +92,11 @@ def main() -> int:
         if kernel.spills or options.all:
             said = f"spills {kernel.stores} B, reads them {kernel.loads} B" if kernel.spills else "no spills"
             print(f"{kernel.chip:8} {kernel.registers:4} registers {kernel.shared:6} B shared  {said}  {name}")
+    for name, (_, why) in zip(readable([name for name, _ in serial]), serial, strict=False):
+        print(f"{name}: products do not overlap: {why}")
     n_spilling = sum(kernel.spills for kernel in kernels)
-    print(f"{len(kernels)} kernels, {n_spilling} spill")
-    return 1 if n_spilling else 0
+    print(f"{len(kernels)} kernels, {n_spilling} spill, {len(serial)} whose products do not overlap")
+    return 1 if n_spilling or serial else 0
 
 
 if __name__ == "__main__":

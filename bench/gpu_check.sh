@@ -50,7 +50,7 @@ cp "$work"/build/_cpu*.so "$work"/build/_cuda*.so "$work/package/fivedp/"
 export PYTHONPATH="$work/package${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if [ "$what" != measure ]; then
-    # The second attention kernel has a process of its own: what it breaks, if anything, does not end the other tests.
+    # The kernels for 9.x have a process of their own: what they break, if anything, does not end the other tests.
     for only in "not sm90" "sm90"; do
         say "tests of kernels: $only"
         timeout 150 "$python" -m pytest "$root/tests/gpu" -q -p no:cacheprovider -k "$only" 2>&1 |
@@ -64,8 +64,8 @@ if [ "$what" != measure ]; then
     done
 fi
 if [ "$what" != measure ]; then
-    say "distributed calls, 2 ranks, FIVEDP_ATTENTION_KERNEL=sm90"
-    FIVEDP_ATTENTION_KERNEL=sm90 timeout 120 mpirun -np 2 "$python" "$root/bench/gpu_ranks.py" 2>&1 |
+    say "distributed calls, 2 ranks, FIVEDP_ATTENTION_KERNEL=sm90, FIVEDP_PRODUCT_KERNEL=sm90"
+    FIVEDP_ATTENTION_KERNEL=sm90 FIVEDP_PRODUCT_KERNEL=sm90 timeout 120 mpirun -np 2 "$python" "$root/bench/gpu_ranks.py" 2>&1 |
         tee "$out/ranks-sm90.log" | tail -3
     [ "${PIPESTATUS[0]}" = 0 ] || failed=1
     say "staged transport, 2 ranks"
@@ -84,10 +84,13 @@ if [ "$what" != test ]; then
     say "measure"
     timeout 200 "$python" "$root/bench/gpu_measure.py" --json "$out/results.json" | tee "$out/table.txt"
     [ "${PIPESTATUS[0]}" = 0 ] || failed=1
-    say "measure, FIVEDP_ATTENTION_KERNEL=sm90"
-    FIVEDP_ATTENTION_KERNEL=sm90 timeout 100 "$python" "$root/bench/gpu_measure.py" --only attention \
-        --json "$out/results-sm90.json" | tee -a "$out/table.txt"
-    [ "${PIPESTATUS[0]}" = 0 ] || failed=1
+    for what_for in attention product; do
+        setting=FIVEDP_${what_for^^}_KERNEL=sm90
+        say "measure, $setting"
+        env "$setting" timeout 100 "$python" "$root/bench/gpu_measure.py" --only "$what_for" \
+            --json "$out/results-$what_for-sm90.json" | tee -a "$out/table.txt"
+        [ "${PIPESTATUS[0]}" = 0 ] || failed=1
+    done
 fi
 say "$([ $failed = 0 ] && echo ok || echo FAILED)"
 exit $failed

@@ -2,6 +2,7 @@
 
     python bench/gpu_measure.py --json results.json
     FIVEDP_ATTENTION_KERNEL=sm90 python bench/gpu_measure.py --only attention
+    FIVEDP_PRODUCT_KERNEL=sm90 python bench/gpu_measure.py --only product
 
 Every case runs on fresh random inputs, alternates with its peer, is timed with events, and is the median of seven runs.
 A case that can't run says why and does not stop the others. Whether results are right is for tests/gpu to say, which
@@ -26,6 +27,8 @@ import numpy as np
 
 from fivedp.kernels import attention, experts
 from fivedp.kernels.cuda import attention as cuda_attention
+from fivedp.kernels.cuda import gemm as cuda_gemm
+from fivedp.kernels.cuda import grouped as cuda_grouped
 from fivedp.kernels.cuda import norms as norm_kernels
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -95,6 +98,15 @@ def product(n: int) -> Row:
     a, b, ours, theirs = normal(n, n), normal(n, n), cupy.empty((n, n), BF16), cupy.empty((n, n), BF16)
     mine, peer = timed(lambda: gemm([a], [b], ours), lambda: cupy.matmul(a, b, out=theirs))
     return Row(f"product bf16 {n}^3", mine, 2 * n**3 / mine / 1e9, "TFLOP/s", peer / mine, "cupy.matmul", 0.97)
+
+
+def canonical(n: int) -> Row:
+    """The product of n x n matrices in the canonical order of K, beside CuPy's."""
+    a, b, ours, theirs = normal(n, n), normal(n, n), cupy.empty((n, n), BF16), cupy.empty((n, n), BF16)
+    ran = cuda_gemm.gemm(a, b, ours)
+    mine, peer = timed(lambda: cuda_gemm.gemm(a, b, ours), lambda: cupy.matmul(a, b, out=theirs))
+    name = f"product canonical bf16 {ran} {n}^3"
+    return Row(name, mine, 2 * n**3 / mine / 1e9, "TFLOP/s", peer / mine, "cupy.matmul")
 
 
 def attentions(length: int, causal: bool, backward: bool, size: int = 128, v_size: int = 128) -> Row:
@@ -190,21 +202,32 @@ def rows_of_experts(tokens: int, top_k: int, width: int, n_experts: int, copied:
     return result
 
 
-def grouped(rows: int, n_experts: int, width: int, hidden: int) -> Row:
-    """One product of all experts beside cuBLAS, expert by expert, on the same rows."""
+def grouped(rows: int, n_experts: int, width: int, hidden: int) -> list[Row]:
+    """A product of all experts and the gradient of its weights beside cuBLAS, expert by expert, on the same rows."""
     offsets = np.linspace(0, rows, n_experts + 1).astype(np.int64)
-    on_device = cupy.asarray(offsets)
+    groups, on_device = list(pairwise(offsets)), cupy.asarray(offsets)
     x, w, out = normal(rows, width), normal(n_experts, width, hidden), cupy.empty((rows, hidden), BF16)
-    theirs = cupy.empty_like(out)
+    theirs, their_w, d_w = cupy.empty_like(out), cupy.empty_like(w), cupy.empty_like(w)
 
     def peer() -> None:
-        for expert, (begin, end) in enumerate(pairwise(offsets)):
+        for expert, (begin, end) in enumerate(groups):
             cupy.matmul(x[begin:end], w[expert], out=theirs[begin:end])
 
-    mine, other = timed(lambda: experts.grouped_matmul(x, w, on_device, out), peer)
-    flops = 2 * rows * width * hidden
-    return Row(f"grouped bf16 R={rows} E={n_experts} K={width} N={hidden}", mine, flops / mine / 1e9, "TFLOP/s",
-               other / mine, "cuBLAS a group", 0.8)  # fmt: skip
+    def outer_peer() -> None:
+        for expert, (begin, end) in enumerate(groups):
+            cupy.matmul(x[begin:end].T, out[begin:end], out=their_w[expert])
+
+    result = []
+    for name, mine, other in (
+        ("grouped", lambda: cuda_grouped.grouped_matmul(x, w, on_device, out), peer),
+        ("grouped outer", lambda: cuda_grouped.grouped_outer(x, out, on_device, d_w), outer_peer),
+    ):
+        ran = mine()
+        time, peer_time = timed(mine, other)
+        flops = 2 * rows * width * hidden
+        result.append(Row(f"{name} {ran} R={rows} E={n_experts} K={width} N={hidden}", time, flops / time / 1e9,
+                          "TFLOP/s", peer_time / time, "cuBLAS a group", 0.8))  # fmt: skip
+    return result
 
 
 def norms(rows: int, columns: int, copied: float) -> Row:
@@ -235,6 +258,7 @@ def main() -> int:
         print(rows[-1].text(), file=sys.stderr, flush=True)
 
     case("product", lambda: product(8192))
+    case("product canonical", lambda: canonical(8192))
     for length in (8192, 16384):
         for causal in (True, False):
             for backward in (False, True):
@@ -246,8 +270,8 @@ def main() -> int:
             case(name, lambda b=backward, d=size, e=v_size: attentions(8192, True, b, d, e))
     case("rows of experts", lambda: rows_of_experts(4096, 2, 4096, 8, copied))
     case("rows of experts", lambda: rows_of_experts(32768, 8, 2048, 128, copied))
-    case("grouped product", lambda: grouped(32768, 8, 4096, 14336))
-    case("grouped product", lambda: grouped(32768, 128, 2048, 768))
+    case("product grouped", lambda: grouped(32768, 8, 4096, 14336))
+    case("product grouped", lambda: grouped(32768, 128, 2048, 768))
     case("norm", lambda: norms(16384, 4096, copied))
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     if options.json:

@@ -83,9 +83,10 @@ void plan(const Pieces& a, const Pieces& b, const std::vector<std::int64_t>& cut
     }
 }
 
-void gemm_call(const py::sequence& a_pieces, const py::sequence& b_pieces, const py::object& c_object,
-               const std::vector<std::int64_t>& cuts, double alpha, double beta, const py::object& ready_object,
-               std::int64_t panel, bool ready_along_m, const py::object& workspace_object, std::uintptr_t stream) {
+const char* gemm_call(const py::sequence& a_pieces, const py::sequence& b_pieces, const py::object& c_object,
+                      const std::vector<std::int64_t>& cuts, double alpha, double beta, const py::object& ready_object,
+                      std::int64_t panel, bool ready_along_m, const py::object& workspace_object, bool hopper,
+                      std::uintptr_t stream) {
     const Pieces a = read_pieces(a_pieces, false, "gemm: a"), b = read_pieces(b_pieces, true, "gemm: b");
     const std::string& type = a.arrays[0].array.type;
     GemmProblem problem{};
@@ -120,23 +121,23 @@ void gemm_call(const py::sequence& a_pieces, const py::sequence& b_pieces, const
         const DeviceArray workspace = device_array(workspace_object, "gemm: workspace");
         problem.workspace = workspace.data;
         problem.workspace_bytes = workspace.size() * workspace.item_size();
-        const std::int64_t least = gemm_workspace(problem.type, 1, 1, 1, problem.n_open);
+        const std::int64_t least = gemm_workspace(problem.type, hopper, 1, 1, 1, problem.n_open);
         check(workspace.writeable && workspace.contiguous() && problem.workspace_bytes >= least &&
                   reinterpret_cast<std::uintptr_t>(workspace.data) % 16 == 0,
               "gemm: workspace has ", problem.workspace_bytes, " bytes; a contiguous array of at least ", least,
               ", aligned to 16, would be right");
     }
     py::gil_scoped_release no_gil;
-    gemm(problem, stream_of(stream));
+    return gemm(problem, hopper, stream_of(stream));
 }
 
 // Open sums of n_shards at a time: before the last shard, the most ones of a number of shards that are done.
 std::int64_t workspace_of(const py::object& a, std::int64_t batch, std::int64_t m, std::int64_t n,
-                          std::int64_t n_shards) {
+                          std::int64_t n_shards, bool hopper) {
     int most = 0;
     for (std::int64_t done = 1; done < n_shards; ++done)
         most = std::max(most, __builtin_popcountll(static_cast<unsigned long long>(done)));
-    return gemm_workspace(number_type(device_array(a, "gemm: a"), "gemm: a"), batch, m, n, most);
+    return gemm_workspace(number_type(device_array(a, "gemm: a"), "gemm: a"), hopper, batch, m, n, most);
 }
 
 }  // namespace

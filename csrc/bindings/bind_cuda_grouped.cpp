@@ -63,8 +63,8 @@ FactorArray weights_argument(const py::handle& object, const std::string& type, 
     return weights;
 }
 
-void grouped_matmul(const py::sequence& x_pieces, const py::sequence& w_pieces, const py::object& offsets,
-                    const py::object& out, std::uintptr_t stream) {
+const char* grouped_matmul(const py::sequence& x_pieces, const py::sequence& w_pieces, const py::object& offsets,
+                           const py::object& out, bool hopper, std::uintptr_t stream) {
     GroupedProblem problem{};
     problem.kind = GroupedKind::matmul;
     const std::size_t n_pieces = x_pieces.size();
@@ -98,11 +98,11 @@ void grouped_matmul(const py::sequence& x_pieces, const py::sequence& w_pieces, 
     problem.n_pieces = static_cast<int>(n_pieces);
     read_offsets(problem, offsets, experts, "grouped_matmul: offsets");
     problem.out = result_of(out, problem.type, type, -1, problem.n_rows, problem.n, true, "grouped_matmul: out");
-    grouped_product(problem, stream_of(stream));
+    return grouped_product(problem, hopper, stream_of(stream));
 }
 
-void grouped_outer(const py::object& x_object, const py::object& y_object, const py::object& offsets,
-                   const py::object& out, std::uintptr_t stream) {
+const char* grouped_outer(const py::object& x_object, const py::object& y_object, const py::object& offsets,
+                          const py::object& out, bool hopper, std::uintptr_t stream) {
     const XArgument x = x_argument(x_object, true, "grouped_outer: x");
     const XArgument y = x_argument(y_object, true, "grouped_outer: dy");
     same_type(y.type, x.type, "grouped_outer: dy");
@@ -122,12 +122,12 @@ void grouped_outer(const py::object& x_object, const py::object& y_object, const
     read_offsets(problem, offsets, result.shape[0], "grouped_outer: offsets");
     problem.out =
         result_of(out, problem.type, x.type, result.shape[0], problem.m, problem.n, true, "grouped_outer: out");
-    grouped_product(problem, stream_of(stream));
+    return grouped_product(problem, hopper, stream_of(stream));
 }
 
-void expert_hidden(const py::object& x_object, const py::object& w_gate, const py::object& w_up,
-                   const py::object& offsets, const py::object& hidden, const py::object& gate, const py::object& up,
-                   const std::string& activation, std::uintptr_t stream) {
+const char* expert_hidden(const py::object& x_object, const py::object& w_gate, const py::object& w_up,
+                          const py::object& offsets, const py::object& hidden, const py::object& gate,
+                          const py::object& up, const std::string& activation, bool hopper, std::uintptr_t stream) {
     const XArgument x = x_argument(x_object, false, "expert_hidden: x");
     const FactorArray up_weights = weights_argument(w_up, x.type, "expert_hidden: w_up");
     check(up_weights.k() == x.columns, "expert_hidden: x has ", x.columns, " columns and w_up ", up_weights.k(),
@@ -162,7 +162,7 @@ void expert_hidden(const py::object& x_object, const py::object& w_gate, const p
     problem.out = result(hidden, "expert_hidden: hidden");
     problem.gate = result(gate, "expert_hidden: gate");
     problem.up = result(up, "expert_hidden: up");
-    grouped_product(problem, stream_of(stream));
+    return grouped_product(problem, hopper, stream_of(stream));
 }
 
 }  // namespace

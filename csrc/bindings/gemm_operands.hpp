@@ -46,6 +46,7 @@ inline GemmOperand operand_of(const FactorArray& factor, std::int64_t k, int alo
         operand.row_stride = rows_along_k ? factor.k_stride() : factor.outer_stride();
         operand.column_stride = rows_along_k ? factor.outer_stride() : factor.k_stride();
         operand.batch_stride = batch_stride;
+        operand.k_before = k;
         operand.rows_along_k = rows_along_k;
         operand.vectors = (columns <= 1 || operand.column_stride == item) &&
                           reinterpret_cast<std::uintptr_t>(data) % 16 == 0 &&

@@ -31,29 +31,10 @@ struct Shared {
     int spoilt[Tile::stages][checking_warps];  // whether a warp found values that are not finite
 };
 
-template <class S>
-FIVEDP_DEVICE S& shared_from_boundary() {
-    char* const from = dynamic_shared();
-    const int over = static_cast<int>(shared_address(from) % swizzle_bytes);
-    return *reinterpret_cast<S*>(from + (over > 0 ? swizzle_bytes - over : 0));
-}
 template <int width>
 FIVEDP_DEVICE Shared<width>& shared_of_block() {
     return shared_from_boundary<Shared<width>>();
 }
-
-// A place in a ring of stages, and the parity of the phase that it is in.
-template <int stages>
-struct Turn {
-    int stage = 0, parity = 0;
-
-    FIVEDP_DEVICE void next() {
-        if (++stage == stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
 
 // The tiles of `halves` times 64 keys that a block goes through. Every warp makes the same list by itself.
 template <int halves>

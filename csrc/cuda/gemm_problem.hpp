@@ -15,6 +15,7 @@ struct GemmOperand {
     const std::int64_t* rows;
     std::int64_t row_stride, column_stride;
     std::int64_t batch_stride;  // from matrix to matrix of a batch, or from expert to expert
+    std::int64_t k_before;      // elements along k that the array has before `data`: this may be a part of it
     int rows_along_k;
     int vectors;  // elements of a row are contiguous and all rows begin at multiples of 16 bytes
 };
@@ -33,7 +34,7 @@ struct GemmSegment {
     int merges;
 };
 
-// All of it is passed as a kernel's parameter, which has 4 KiB.
+// All of it is passed as a kernel's parameter.
 constexpr int max_gemm_segments = 24;
 
 // C = alpha * A B + beta * C.
@@ -52,8 +53,11 @@ struct GemmProblem {
     std::int64_t workspace_bytes;
     int n_open;  // sums that are open at a time
 };
-void gemm(const GemmProblem& problem, Stream stream);
-std::int64_t gemm_workspace(DeviceType type, std::int64_t batch, std::int64_t m, std::int64_t n, int n_open);
+// Returns which kernel it was, "sm80" or "sm90". The latter only where `hopper` asks for it, the chip has its
+// instructions and the factors have 16 bits: whatever differs from rank to rank, sizes and addresses, chooses nothing.
+const char* gemm(const GemmProblem& problem, bool hopper, Stream stream);
+std::int64_t gemm_workspace(DeviceType type, bool hopper, std::int64_t batch, std::int64_t m, std::int64_t n,
+                            int n_open);
 // Of 128 bytes of a row: k within a virtual shard is cut at multiples of this.
 constexpr int gemm_depth(DeviceType type) {
     return type == DeviceType::f64 ? 16 : type == DeviceType::f32 ? 32 : 64;
@@ -80,6 +84,12 @@ struct GroupedProblem {
     GemmResult gate, up;  // where the two products are kept
     Activation activation;
 };
-void grouped_product(const GroupedProblem& problem, Stream stream);
+// Returns which kernel it was, chosen as gemm() does.
+const char* grouped_product(const GroupedProblem& problem, bool hopper, Stream stream);
+
+// What the two choose from. False: not started, because of the chip or the type.
+bool gemm_sm90(const GemmProblem& problem, Stream stream);
+std::int64_t gemm_workspace_sm90(std::int64_t batch, std::int64_t m, std::int64_t n, int n_open);
+bool grouped_product_sm90(const GroupedProblem& problem, Stream stream);
 
 }  // namespace fivedp

@@ -21,8 +21,7 @@
 
 #include <type_traits>
 
-#include "cuda/gemm_problem.hpp"
-#include "cuda/matrix.cuh"
+#include "cuda/product_tile.cuh"
 
 namespace fivedp {
 
@@ -44,6 +43,9 @@ struct GemmSums {
 };
 
 template <class T>
+using TileOpenSums = OpenSums<Sum<T>, GemmTile<T>::size * GemmTile<T>::size / gemm_threads, gemm_threads>;
+
+template <class T>
 FIVEDP_DEVICE void clear(GemmSums<T>& sums) {
     FIVEDP_UNROLL
     for (auto& row : sums.at)
@@ -56,13 +58,6 @@ template <class T, bool along_k>
 FIVEDP_DEVICE int swizzle(int row) {
     return sizeof(T) == 8 || (sizeof(T) == 4 && along_k) ? 2 * (row & 3) : row & 7;
 }
-
-// Where a tile lies in its factors: rows of A from a_first, columns of B from b_first, and how many of each there are.
-struct TileOrigin {
-    std::int64_t a_first, b_first, k_first = 0;
-    int a_count, b_count;
-    std::int64_t a_batch = 0, b_batch = 0;
-};
 
 // Column o of a tile of two products, gate and up in turns of 8 columns, so that a thread has both of an element.
 FIVEDP_DEVICE bool is_second(int o) {
@@ -90,22 +85,8 @@ FIVEDP_DEVICE void copy_panel(char* to, const GemmOperand& from, const GemmOpera
         char* const target = to + row * chunks * 16 + ((chunk ^ swizzle<T, along_k>(row)) * 16);
         const int source_row = !along_k && second != nullptr ? within_pair(row) : row;
         const GemmOperand& one = second != nullptr && is_second(along_k ? place : row) ? *second : from;
-        const int n = source_row < n_rows ? present : 0;
-        const char* begin = one.data;
-        if (n > 0) {
-            begin = one.rows != nullptr ? reinterpret_cast<const char*>(one.rows[first_row + source_row])
-                                        : begin + batch * one.batch_stride + (first_row + source_row) * one.row_stride;
-            begin += (first_column + column) * (vectors ? Tile::item : one.column_stride);
-        }
-        if (vectors) {
-            copy_async_16(target, begin, n * Tile::item);
-        } else {
-            Vec16<T> values;
-            FIVEDP_UNROLL
-            for (int i = 0; i < Tile::per_chunk; ++i)
-                values.at[i] = i < n ? *reinterpret_cast<const T*>(begin + i * one.column_stride) : T{};
-            *reinterpret_cast<Vec16<T>*>(target) = values;
-        }
+        copy_chunk<T>(target, one, vectors, batch, first_row + source_row, first_column + column,
+                      source_row < n_rows ? present : 0);
     };
     if (from.vectors) {
         FIVEDP_UNROLL
@@ -228,52 +209,10 @@ FIVEDP_DEVICE void multiply_panels(GemmSums<T>& sums, const char* a_panel, const
     }
 }
 
-// Open sums of this block: what is last put in is first added.
-template <class T>
-struct OpenSums {
-    static constexpr std::int64_t of_tile = GemmTile<T>::size * GemmTile<T>::size;
-    Sum<T>* room;
-    int n = 0;
-
-    // with(value of the sums, its 16 bytes of room number i)
-    template <class With>
-    FIVEDP_DEVICE void for_vectors(GemmSums<T>& sums, int i, const With& with) const {
-        constexpr int per = Vec16<Sum<T>>::n;
-        Vec16<Sum<T>>* const begin = reinterpret_cast<Vec16<Sum<T>>*>(room + i * of_tile) + thread();
-        Sum<T>* const flat = &sums.at[0][0][0];
-        FIVEDP_UNROLL
-        for (int v = 0; v < of_tile / gemm_threads / per; ++v) with(flat + v * per, begin[v * gemm_threads]);
-    }
-    FIVEDP_DEVICE void add_last_to(GemmSums<T>& sums) {
-        for_vectors(sums, --n, [](Sum<T>* value, const Vec16<Sum<T>>& kept) {
-            const Vec16<Sum<T>> earlier = kept;
-            FIVEDP_UNROLL
-            for (int i = 0; i < Vec16<Sum<T>>::n; ++i) value[i] = rounded_sum(earlier.at[i], value[i]);
-        });
-    }
-    FIVEDP_DEVICE void put(GemmSums<T>& sums) {
-        for_vectors(sums, n++, [](const Sum<T>* value, Vec16<Sum<T>>& kept) {
-            Vec16<Sum<T>> vector;
-            FIVEDP_UNROLL
-            for (int i = 0; i < Vec16<Sum<T>>::n; ++i) vector.at[i] = value[i];
-            kept = vector;
-        });
-    }
-};
-
-// Waits until flags first .. last are raised; what was written before they were is then seen by the whole warp.
-FIVEDP_DEVICE void wait_for_flags(const int* flags, std::int64_t first, std::int64_t last) {
-    if (lane() == 0)
-        for (std::int64_t i = first; i <= last; ++i)
-            while (load_acquire(flags + i) == 0) {
-            }
-    warp_sync();
-}
-
 // sums = the product over all segments of a source, which has
 //   n_segments(), k(i), merges(i), a(i), b(i), second() (a factor in turns with b, or null), origin, wait(i, k).
 template <class T, class Source>
-FIVEDP_DEVICE void sum_tile(GemmSums<T>& sums, Source& source, char* shared, OpenSums<T> open) {
+FIVEDP_DEVICE void sum_tile(GemmSums<T>& sums, Source& source, char* shared, TileOpenSums<T> open) {
     using Tile = GemmTile<T>;
     // Segment of the next copy, and where in it. Extents of k are counted in 31 bits, which saves registers.
     int ahead = 0, ahead_k = 0;
@@ -317,9 +256,9 @@ FIVEDP_DEVICE void sum_tile(GemmSums<T>& sums, Source& source, char* shared, Ope
             stage = stage == gemm_stages - 1 ? 0 : stage + 1;
         }
         if (source.merges(segment) < 0) continue;
-        for (int i = 0; i < source.merges(segment); ++i) open.add_last_to(sums);
+        for (int i = 0; i < source.merges(segment); ++i) open.add_last_to(&sums.at[0][0][0]);
         if (segment + 1 < source.n_segments()) {
-            open.put(sums);
+            open.put(&sums.at[0][0][0]);
             clear(sums);
         }
     }
@@ -367,23 +306,6 @@ FIVEDP_DEVICE void for_laid(int n_rows, int n_columns, const With& with) {
         if (left > 0) with(i / chunks, column, left < per ? left : per);
     }
     sync_block();
-}
-
-// Stores n of some neighbours of a row, at once where they lie so.
-template <class T, class S, int most>
-FIVEDP_DEVICE void store_neighbours(char* to, std::int64_t column_stride, int n, const S (&values)[most]) {
-    struct alignas(most * sizeof(T)) Whole {
-        T at[most];
-    } whole;
-    FIVEDP_UNROLL
-    for (int i = 0; i < most; ++i) whole.at[i] = from_float<T>(values[i]);
-    if (n == most && column_stride == sizeof(T) && reinterpret_cast<std::uintptr_t>(to) % sizeof(Whole) == 0) {
-        *reinterpret_cast<Whole*>(to) = whole;
-        return;
-    }
-    FIVEDP_UNROLL
-    for (int i = 0; i < most; ++i)
-        if (i < n) *reinterpret_cast<T*>(to + i * column_stride) = whole.at[i];
 }
 
 }  // namespace fivedp

@@ -80,6 +80,10 @@ FIVEDP_DEVICE void arrive_expecting(Barrier* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
+// The phase that is under way waits for so many bytes more. Not an arrival.
+FIVEDP_DEVICE void expect_bytes(Barrier* barrier, int bytes) {
+    asm volatile("mbarrier.expect_tx.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
 FIVEDP_DEVICE void wait_for_phase(Barrier* barrier, int parity) {
     asm volatile(
         "{\n"
@@ -105,6 +109,11 @@ FIVEDP_DEVICE void copy_box(void* to, const TensorMap* map, Barrier* barrier, in
 // What this thread wrote to shared memory is seen by the copy engine and the tensor cores after the next barrier.
 FIVEDP_DEVICE void publish_to_products() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// What this thread knows to have been written to global memory is seen by the boxes that it copies from here on.
+FIVEDP_DEVICE void show_to_boxes() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // A barrier of some warps of the block, `n` threads in all, by number (0 is sync_block's). Who arrives does not wait.
@@ -150,7 +159,8 @@ FIVEDP_DEVICE void settle(std::uint32_t (&a)[n][4]) {
     for (int k = 0; k < n; ++k) asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
 }
 
-// start_product(T{}, d, a, b, add): d = a b^T (+ d where `add`), a: 64 x 16 and b: n x 16, both rows of k.
+// start_product(T{}, d, a, b, add): d = a b^T (+ d where `add`), a: 64 x 16 and b: n x 16, both rows of k; with
+// <true, ..> a is columns of k, with <.., true> b is.
 // start_product(T{}, d, a, b): d += a b, a: 64 x 16 in registers or rows of k, b: 16 x n, columns of k.
 #define FIVEDP_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FIVEDP_NAMES_32 \
@@ -182,12 +192,15 @@ FIVEDP_DEVICE void settle(std::uint32_t (&a)[n][4]) {
 #define FIVEDP_SUMS_128(d, j) FIVEDP_SUMS_64(d, j), FIVEDP_SUMS_64(d, j + 16)
 
 // `sums` registers of accumulators, 2 * sums columns; the operands after them by their names.
-#define FIVEDP_PRODUCT_OF_SHARED(T, type, columns, sums, a_name, b_name, add_name)                                    \
-    FIVEDP_DEVICE void start_product(T, float(&d)[columns / 8][4], std::uint64_t a, std::uint64_t b, bool add) {      \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, " add_name ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns  \
-                     "k16.f32." type "." type " {" FIVEDP_NAMES_##sums "}, " a_name ", " b_name ", p, 1, 1, 0, 0;\n}" \
-                     : FIVEDP_SUMS_##sums(d, 0)                                                                       \
-                     : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                   \
+#define FIVEDP_PRODUCT_OF_SHARED(T, type, columns, sums, a_name, b_name, add_name, a_way, b_way)                     \
+    template <bool a_columns = false, bool b_columns = false>                                                        \
+    FIVEDP_DEVICE void start_product(T, float(&d)[columns / 8][4], std::uint64_t a, std::uint64_t b, bool add) {     \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, " add_name ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns \
+                     "k16.f32." type "." type " {" FIVEDP_NAMES_##sums "}, " a_name ", " b_name ", p, 1, 1, " a_way  \
+                                                                       ", " b_way ";\n}"                             \
+                     : FIVEDP_SUMS_##sums(d, 0)                                                                      \
+                     : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(a_columns)),                 \
+                       "n"(static_cast<int>(b_columns)));                                                            \
     }
 #define FIVEDP_PRODUCT_OF_REGISTERS(T, type, columns, sums, a_names, b_name)                                          \
     FIVEDP_DEVICE void start_product(T, float(&d)[columns / 8][4], const std::uint32_t(&a)[4], std::uint64_t b) {     \
@@ -196,28 +209,23 @@ FIVEDP_DEVICE void settle(std::uint32_t (&a)[n][4]) {
                      : FIVEDP_SUMS_##sums(d, 0)                                                                       \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
     }
-#define FIVEDP_PRODUCT_OF_COLUMNS(T, type, columns, sums, a_name, b_name)                                             \
-    FIVEDP_DEVICE void start_product(T, float(&d)[columns / 8][4], std::uint64_t a, std::uint64_t b) {                \
-        asm volatile("{\n.reg .pred p;\nsetp.eq.s32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #columns             \
-                     "k16.f32." type "." type " {" FIVEDP_NAMES_##sums "}, " a_name ", " b_name ", p, 1, 1, 0, 1;\n}" \
-                     : FIVEDP_SUMS_##sums(d, 0)                                                                       \
-                     : "l"(a), "l"(b));                                                                               \
-    }
-#define FIVEDP_PRODUCTS(T, type)                                                \
-    FIVEDP_PRODUCT_OF_SHARED(T, type, 32, 16, "%16", "%17", "%18")              \
-    FIVEDP_PRODUCT_OF_SHARED(T, type, 64, 32, "%32", "%33", "%34")              \
-    FIVEDP_PRODUCT_OF_SHARED(T, type, 128, 64, "%64", "%65", "%66")             \
-    FIVEDP_PRODUCT_OF_COLUMNS(T, type, 64, 32, "%32", "%33")                    \
-    FIVEDP_PRODUCT_OF_COLUMNS(T, type, 128, 64, "%64", "%65")                   \
-    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 64, 32, "%32, %33, %34, %35", "%36")   \
-    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 128, 64, "%64, %65, %66, %67", "%68")  \
-    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 192, 96, "%96, %97, %98, %99", "%100") \
+#define FIVEDP_PRODUCTS(T, type)                                                        \
+    FIVEDP_PRODUCT_OF_SHARED(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20")        \
+    FIVEDP_PRODUCT_OF_SHARED(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36")        \
+    FIVEDP_PRODUCT_OF_SHARED(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68")       \
+    FIVEDP_PRODUCT_OF_SHARED(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132") \
+    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 64, 32, "%32, %33, %34, %35", "%36")           \
+    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 128, 64, "%64, %65, %66, %67", "%68")          \
+    FIVEDP_PRODUCT_OF_REGISTERS(T, type, 192, 96, "%96, %97, %98, %99", "%100")         \
     FIVEDP_PRODUCT_OF_REGISTERS(T, type, 256, 128, "%128, %129, %130, %131", "%132")
 FIVEDP_PRODUCTS(Bf16, "bf16")
 FIVEDP_PRODUCTS(Half, "f16")
+template <class T, int n>
+FIVEDP_DEVICE void start_product(T, float (&d)[n][4], std::uint64_t a, std::uint64_t b) {
+    start_product<false, true>(T{}, d, a, b, true);
+}
 #undef FIVEDP_PRODUCTS
 #undef FIVEDP_PRODUCT_OF_REGISTERS
-#undef FIVEDP_PRODUCT_OF_COLUMNS
 #undef FIVEDP_PRODUCT_OF_SHARED
 #undef FIVEDP_SUMS_128
 #undef FIVEDP_SUMS_96
@@ -276,5 +284,26 @@ inline TensorMap tensor_map(const BoxedTensor& tensor) {
 #else
 #include "cuda/emulation/hopper.hpp"
 #endif
+
+// The block's shared memory as an S, from the first multiple of 1024 on.
+template <class S>
+FIVEDP_DEVICE S& shared_from_boundary() {
+    char* const from = dynamic_shared();
+    const int over = static_cast<int>(shared_address(from) % swizzle_bytes);
+    return *reinterpret_cast<S*>(from + (over > 0 ? swizzle_bytes - over : 0));
+}
+
+// A place in a ring of stages, and the parity of the phase that it is in.
+template <int stages>
+struct Turn {
+    int stage = 0, parity = 0;
+
+    FIVEDP_DEVICE void next() {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
 
 }  // namespace fivedp

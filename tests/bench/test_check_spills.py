@@ -30,7 +30,18 @@ def test_a_kernel_that_spills_is_named_with_its_chip(tmp_path: Path) -> None:
     assert status == 1
     assert "sm_90a    255 registers   2048 B shared  spills 48 B, reads them 60 B" in said
     assert "sm_80" not in said
-    assert said.endswith("2 kernels, 1 spill\n")
+    assert said.endswith("2 kernels, 1 spill, 0 whose products do not overlap\n")
+
+
+def test_products_that_do_not_overlap_are_named(tmp_path: Path) -> None:
+    log = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "non wgmma instructions defining accumulator registers in the function '_ZN6fivedp5scaleEPf'\n"
+    )
+    status, said = run(tmp_path, log + KERNEL.format(chip="sm_90a", stack=0, stores=0, loads=0, registers=168))
+    assert status == 1
+    assert "products do not overlap: non wgmma instructions defining accumulator registers\n" in said
+    assert said.endswith("1 kernels, 0 spill, 1 whose products do not overlap\n")
 
 
 @pytest.mark.parametrize("stack", [0, 32])

@@ -6,6 +6,7 @@ Arrays are made with the fixture `xp`: CuPy, or NumPy for the emulated GPU, whic
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,15 @@ def xp(seed: int) -> Any:
 def host(xp: Any) -> Any:
     """A function from a device array to NumPy's."""
     return (lambda array: np.array(array)) if xp is np else xp.asnumpy
+
+
+@pytest.fixture
+def product_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kernel of products that FIVEDP_PRODUCT_KERNEL asks for."""
+    from product_operands import select
+
+    from fivedp.kernels.cuda._extension import asked_kernel
+
+    select(monkeypatch, request.param)
+    yield request.param
+    asked_kernel.cache_clear()

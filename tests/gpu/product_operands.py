@@ -1,4 +1,5 @@
-"""Operands of the products' tests: random values, laid out in every way; results with a guard zone; error bounds."""
+"""Operands of the products' tests: random values, laid out in every way; results with a guard zone; error bounds; which
+kernel is asked for."""
 
 from __future__ import annotations
 
@@ -6,9 +7,34 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
+
+from fivedp.kernels.cuda._extension import asked_kernel
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 LAYOUTS = ["rows", "columns", "shifted", "strided"]
+
+
+BOTH = ("sm80", "sm90")
+
+
+def each(*names: str) -> Any:
+    """A test for types, those of 16 bits with both kernels that FIVEDP_PRODUCT_KERNEL may ask for."""
+    cases = [(name, asked) for name in names for asked in (BOTH if name in ("bfloat16", "float16") else BOTH[:1])]
+    ids = ["-".join(case) for case in cases]
+    cut = pytest.mark.parametrize(("dtype", "product_kernel"), cases, ids=ids, indirect=["product_kernel"])
+    return lambda test: pytest.mark.usefixtures("product_kernel")(cut(test))
+
+
+def select(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Ask for a kernel."""
+    monkeypatch.setenv("FIVEDP_PRODUCT_KERNEL", name)
+    asked_kernel.cache_clear()
+
+
+def has_hopper(xp: Any) -> bool:
+    """Whether the GPU, the emulated one included, has the instructions of sm90."""
+    return xp is np or int(xp.cuda.Device().compute_capability) // 10 == 9
 
 
 def dtype_of(name: str) -> np.dtype[Any]:

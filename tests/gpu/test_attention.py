@@ -20,6 +20,7 @@ import attention_operands as operands
 from fivedp.kernels import attention as either
 from fivedp.kernels.attention import Mask, State
 from fivedp.kernels.cuda import attention as kernel
+from fivedp.kernels.cuda._extension import asked_kernel
 from fivedp.reference import attention_reference as oracle
 
 Array = Any
@@ -52,13 +53,13 @@ each_kernel = pytest.mark.parametrize("selected", BOTH, indirect=True)
 def selected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernels that FIVEDP_ATTENTION_KERNEL asks for."""
     select(monkeypatch, getattr(request, "param", "sm80"))
-    yield kernel.asked_kernel()
-    kernel.asked_kernel.cache_clear()
+    yield asked_kernel("ATTENTION")
+    asked_kernel.cache_clear()
 
 
 def select(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("FIVEDP_ATTENTION_KERNEL", name)
-    kernel.asked_kernel.cache_clear()
+    asked_kernel.cache_clear()
 
 
 class Guarded:
@@ -99,7 +100,7 @@ def has_hopper(xp: Any) -> bool:
 def forward(xp: Any, host: Any, case: operands.Case, borders: list[int] | None = None) -> tuple[Array, Array]:
     """Output and lse, the keys given piece by piece."""
     guarded = Guarded(xp)
-    hopper = kernel.asked_kernel() == "sm90" and has_hopper(xp)
+    hopper = asked_kernel("ATTENTION") == "sm90" and has_hopper(xp)
     q, k, v = (aligned(xp, x) if hopper else xp.asarray(x) for x in (case.q, case.k, case.v))
     state = guarded.state(q, case.v.shape[-1])
     for keys in operands.pieces(borders or [0, case.k.shape[1]]):
@@ -122,7 +123,7 @@ def backward(
 ) -> tuple[Array, ...]:
     """The gradients, queries and keys given piece by piece."""
     guarded = Guarded(xp)
-    hopper = kernel.asked_kernel() == "sm90" and has_hopper(xp)
+    hopper = asked_kernel("ATTENTION") == "sm90" and has_hopper(xp)
     d_out, q, k, v = (aligned(xp, x) if hopper else xp.asarray(x) for x in (case.d_out, case.q, case.k, case.v))
     dtype = kernel.sum_type(case.q.dtype)
     d_q, d_k, d_v = (np.zeros(x.shape, dtype) for x in (case.q, case.k, case.v))

@@ -13,6 +13,7 @@ from test_attention import BF16, backward, check, forward, has_hopper, select
 import attention_operands as operands
 from fivedp.kernels.attention import Mask
 from fivedp.kernels.cuda import attention as kernel
+from fivedp.kernels.cuda._extension import asked_kernel
 from fivedp.reference import attention_reference as oracle
 
 Array = Any
@@ -26,7 +27,7 @@ def sm90(xp: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("this GPU is not of compute capability 9.x")
     select(monkeypatch, "sm90")
     yield
-    kernel.asked_kernel.cache_clear()
+    asked_kernel.cache_clear()
 
 
 def statistics(case: operands.Case) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from product_operands import DTYPES, LAYOUTS, Guarded, dtype_of, laid_out, rounding, sum_bound
+from product_operands import DTYPES, LAYOUTS, Guarded, dtype_of, each, laid_out, rounding, sum_bound
 
 from fivedp.kernels._array_library import combine, default_cuts, whole_product
 from fivedp.kernels.cuda.gemm import gemm
@@ -23,7 +23,7 @@ def check(host: Any, dtype: str, c: Guarded, a: np.ndarray, b: np.ndarray, out: 
     assert (error <= bound + rounding(out, np.abs(want) + bound)).all(), float(error.max())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (3, 40, 9), (130, 200, 70), (0, 4, 3), (5, 0, 6), (4, 9, 0)])
 def test_product_is_that_of_float64(xp: Any, host: Any, seed: int, dtype: str, m: int, k: int, n: int) -> None:
     rng = np.random.default_rng(seed)
@@ -33,7 +33,7 @@ def test_product_is_that_of_float64(xp: Any, host: Any, seed: int, dtype: str, m
     check(host, dtype, c, a, b, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 def test_operands_may_lie_in_any_way(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in ((24, 72), (72, 40)))
@@ -46,7 +46,7 @@ def test_operands_may_lie_in_any_way(xp: Any, host: Any, seed: int, dtype: str) 
         np.testing.assert_array_equal(c.values(host), reference.values(host), err_msg=f"{left}, {right}, {layout}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 def test_bits_are_the_same_for_any_number_of_ranks_that_share_k(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     m, k, n = 17, 8 * 21 + 5, 19
@@ -71,7 +71,7 @@ def test_bits_are_the_same_for_any_number_of_ranks_that_share_k(xp: Any, host: A
         np.testing.assert_array_equal(result, results[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 def test_bits_do_not_depend_on_the_tile_or_the_place_in_it(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in ((137, 24), (24, 141)))
@@ -82,11 +82,12 @@ def test_bits_do_not_depend_on_the_tile_or_the_place_in_it(xp: Any, host: Any, s
     np.testing.assert_array_equal(host(part), host(whole)[row : row + 33, column : column + 31])
 
 
+@each("float32", "bfloat16")
 @pytest.mark.parametrize("n_shards", [1, 3, 5, 11])
-def test_any_number_of_shards_is_joined_in_the_tree(xp: Any, host: Any, seed: int, n_shards: int) -> None:
+def test_any_number_of_shards_is_joined_in_the_tree(xp: Any, host: Any, seed: int, dtype: str, n_shards: int) -> None:
     rng = np.random.default_rng(seed)
     k = 64
-    a, b = (xp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in ((9, k), (k, 7)))
+    a, b = (xp.asarray(rng.standard_normal(shape).astype(dtype_of(dtype))) for shape in ((9, k), (k, 7)))
     cuts = [0, *np.sort(rng.integers(0, k + 1, n_shards - 1)).tolist(), k]  # some may be empty
     c, partials = xp.full((9, 7), np.nan, np.float32), []
     gemm(a, b, c, cuts=cuts)
@@ -97,9 +98,11 @@ def test_any_number_of_shards_is_joined_in_the_tree(xp: Any, host: Any, seed: in
     np.testing.assert_array_equal(host(combine(partials)), host(c))
 
 
-def test_alpha_and_beta(xp: Any, host: Any, seed: int) -> None:
+@each("float32", "float16")
+def test_alpha_and_beta(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
-    a, b, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((9, 30), (30, 11), (9, 11)))
+    a, b = (rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in ((9, 30), (30, 11)))
+    c = rng.standard_normal((9, 11)).astype(np.float32)
     plain, scaled = xp.full((9, 11), np.nan, np.float32), xp.asarray(c.copy())
     gemm(xp.asarray(a), xp.asarray(b), plain)
     gemm(xp.asarray(a), xp.asarray(b), scaled, alpha=0.3, beta=-1.7)
@@ -107,7 +110,7 @@ def test_alpha_and_beta(xp: Any, host: Any, seed: int) -> None:
     np.testing.assert_array_equal(host(scaled), want)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@each("bfloat16", "float16")
 def test_sums_of_16_bit_types_may_be_kept(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in ((9, 70), (70, 11)))
@@ -116,7 +119,7 @@ def test_sums_of_16_bit_types_may_be_kept(xp: Any, host: Any, seed: int, dtype: 
     check(host, dtype, c, a, b, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@each("float32", "bfloat16")
 def test_batches_and_pieces(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     kind, k = dtype_of(dtype), 8 * 70
@@ -135,12 +138,13 @@ def test_batches_and_pieces(xp: Any, host: Any, seed: int, dtype: str) -> None:
         np.testing.assert_array_equal(c.values(host), whole.values(host), err_msg=f"{a_cuts}, {b_cuts}")
 
 
+@each("float32", "bfloat16")
 @pytest.mark.parametrize("along", ["k", "m"])
-def test_product_waits_for_the_panels_it_reads(xp: Any, host: Any, seed: int, along: str) -> None:
+def test_product_waits_for_the_panels_it_reads(xp: Any, host: Any, seed: int, dtype: str, along: str) -> None:
     rng = np.random.default_rng(seed)
-    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((150, 96), (96, 20)))
+    a, b = (rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in ((150, 96), (96, 20)))
     extent, panel = (96, 40) if along == "k" else (150, 60)
-    late, ready = xp.full(a.shape, np.nan, np.float32), xp.zeros(-(-extent // panel), np.int32)
+    late, ready = xp.full(a.shape, np.nan, a.dtype), xp.zeros(-(-extent // panel), np.int32)
     right, c = xp.asarray(b), Guarded(xp, (150, 20), a.dtype)
     stream = None if xp is np else xp.cuda.Stream(non_blocking=True)
 
@@ -168,10 +172,10 @@ def test_product_waits_for_the_panels_it_reads(xp: Any, host: Any, seed: int, al
     thread.start()
     gemm(late, right, c.array, ready=ready, panel=panel, ready_along=along)
     thread.join()
-    check(host, "float32", c, a, b, "float32")
+    check(host, dtype, c, a, b, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 def test_a_row_that_is_not_finite_spoils_no_other(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in ((20, 50), (50, 21)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from product_operands import DTYPES, LAYOUTS, Guarded, dtype_of, laid_out, rounding, sum_bound
+from product_operands import DTYPES, LAYOUTS, Guarded, dtype_of, each, laid_out, rounding, sum_bound
 from scipy.special import erf
 
 from fivedp.kernels.cuda.gemm import gemm
@@ -32,7 +32,7 @@ def expected(x: np.ndarray, w: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 @pytest.mark.parametrize("sizes", ["mixed", "empty", "one", "none"])
 def test_grouped_product_is_that_of_float64(xp: Any, host: Any, seed: int, dtype: str, sizes: str) -> None:
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def test_grouped_product_is_that_of_float64(xp: Any, host: Any, seed: int, dtype
     assert (np.abs(out.values(host) - want) <= bound + rounding(dtype, np.abs(want) + bound)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 def test_bits_are_those_of_the_plain_product(xp: Any, host: Any, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     offsets = drawn_groups(rng, "mixed")
@@ -59,7 +59,7 @@ def test_bits_are_those_of_the_plain_product(xp: Any, host: Any, seed: int, dtyp
         np.testing.assert_array_equal(host(out), host(plain), err_msg=layout)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@each("float32", "bfloat16")
 @pytest.mark.parametrize("columns", [64, 50])
 def test_rows_are_gathered_and_pieces_added(xp: Any, host: Any, seed: int, dtype: str, columns: int) -> None:
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def test_rows_are_gathered_and_pieces_added(xp: Any, host: Any, seed: int, dtype
     assert (np.abs(out.values(host) - want) <= bound + rounding("float32", want)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 @pytest.mark.parametrize("sizes", ["mixed", "empty"])
 def test_outer_product_sums_the_rows_of_a_group(xp: Any, host: Any, seed: int, dtype: str, sizes: str) -> None:
     rng = np.random.default_rng(seed)
@@ -114,7 +114,7 @@ def activated(name: str, v: np.ndarray) -> np.ndarray:
     return v / (1 + np.exp(-v))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each(*DTYPES)
 @pytest.mark.parametrize("layout", ["rows", "columns", "shifted"])
 def test_hidden_is_the_gate_times_the_other_product(xp: Any, host: Any, seed: int, dtype: str, layout: str) -> None:
     rng = np.random.default_rng(seed)
@@ -138,7 +138,7 @@ def test_hidden_is_the_gate_times_the_other_product(xp: Any, host: Any, seed: in
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@each("float32", "float64", "bfloat16")
 def test_hidden_without_a_gate(xp: Any, host: Any, seed: int, dtype: str, activation: str) -> None:
     rng = np.random.default_rng(seed)
     offsets = drawn_groups(rng, "one")

@@ -48,7 +48,8 @@ void pause();
 void wait_until(std::function<bool()> condition);
 // Runs some time before the block ends, when nobody knows.
 void at_some_time(std::function<void()> work);
-// What cuda/emulation/hopper.cpp keeps of a block.
+// What cuda/emulation/hopper.cpp keeps of a block, and of what this thread has seen of other blocks' writing.
+void see_flag();
 void begin_block(std::int64_t shared_bytes);
 void end_block();
 
@@ -200,6 +201,7 @@ inline void atomic_lower(std::int64_t* to, std::int64_t value) {
 }
 inline int load_acquire(const int* from) {
     emulation::pause();
+    emulation::see_flag();
     return *from;
 }
 inline void store_release(int* to, int value) {

@@ -57,7 +57,7 @@ struct Thread {
     std::map<const float*, std::shared_ptr<Sums>> sums;
     std::vector<std::shared_ptr<Product>> open;
     std::deque<std::vector<std::shared_ptr<Product>>> groups;
-    bool fenced = false;
+    bool fenced = false, boxes_may_be_old = false;
 };
 Thread threads_of_block[1024];
 
@@ -101,7 +101,7 @@ void read_factors(const Product& product, std::vector<float>& a, std::vector<flo
         for (std::uint32_t k = 0; k < 16; ++k) {
             std::uint16_t bits;
             if (part.a == nullptr) {
-                bits = matrix_element(part.a_matrix, false, row, k);
+                bits = matrix_element(part.a_matrix, part.a_is_columns, row, k);
             } else {  // A of m16n8k16
                 const std::uint32_t lane = row % 8 * 4 + k % 8 / 2, which = row / 8 % 2 + k / 8 * 2;
                 bits = static_cast<std::uint16_t>(product.registers[row / 16 * 32 + lane][which] >> (16 * (k % 2)));
@@ -159,7 +159,8 @@ void start(const ProductPart (&parts)[128], int first) {
         Thread& thread = threads_of_block[first + i];
         const ProductPart& part = parts[i];
         expect(part.columns == one.columns && part.a_matrix == one.a_matrix && part.b_matrix == one.b_matrix &&
-                   part.add == one.add && (part.a == nullptr) == (one.a == nullptr),
+                   part.add == one.add && (part.a == nullptr) == (one.a == nullptr) &&
+                   part.a_is_columns == one.a_is_columns && part.b_is_columns == one.b_is_columns,
                "threads of a warpgroup start different products together");
         expect(thread.fenced, "a product starts without wgmma.fence after registers could be written");
         if (part.a != nullptr) std::copy(part.a, part.a + 4, product->registers[i]);
@@ -211,6 +212,8 @@ void copy_box(const BoxCopy& copy) {
     const bool fits = shared_address(copy.to) % swizzle_bytes == 0 && place >= 0 &&
                       place + bytes <= static_cast<std::int64_t>(for_products.size());
     expect(fits, "a box of the copy engine does not fit into shared memory, or is not aligned");
+    expect(!threads_of_block[here.thread].boxes_may_be_old,
+           "a box may have been read before the flag that its thread has seen: show_to_boxes is missing");
     const auto found = barriers.find(copy.barrier);
     expect(found != barriers.end() && found->second.published, "a copy counts at a barrier that was not made known");
     if (!fits || found == barriers.end()) return;
@@ -258,6 +261,12 @@ void arrive_at(void* barrier, std::int64_t bytes) {
     --found->second.missing;
     found->second.settle();
 }
+void expect_at(void* barrier, std::int64_t bytes) {
+    const auto found = barriers.find(barrier);
+    expect(found != barriers.end() && found->second.missing > 0,
+           "a thread expects bytes at a barrier that was not initialised, or whose phase has all its arrivals");
+    if (found != barriers.end()) found->second.bytes += bytes;
+}
 void wait_at(void* barrier, int parity) {
     const auto found = barriers.find(barrier);
     expect(found != barriers.end(), "a thread waits at a barrier that was not initialised");
@@ -267,6 +276,13 @@ void wait_at(void* barrier, int parity) {
 }
 void publish_shared() {
     std::memcpy(for_products.data(), dynamic_memory, for_products.size());
+}
+
+void see_flag() {
+    threads_of_block[here.thread].boxes_may_be_old = true;
+}
+void show_flags() {
+    threads_of_block[here.thread].boxes_may_be_old = false;
 }
 
 void meet_some(int number, int n, bool waits) {

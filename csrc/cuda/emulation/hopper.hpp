@@ -4,7 +4,8 @@
 // Shared memory is kept twice: as threads see it, and as the copy engine and the tensor cores do. Boxes go to both;
 // what threads write goes to the other one when a thread calls publish_to_products. Boxes arrive at a random time and
 // are NaN in between. A product reads its factors when it starts and again when it is waited for: it is an error if
-// they have changed. Its accumulators are NaN until then.
+// they have changed. Its accumulators are NaN until then. A thread that has read a flag may start no box before
+// show_to_boxes.
 
 namespace emulation {
 
@@ -23,8 +24,10 @@ void copy_box(const BoxCopy& copy);
 void init_phases(void* barrier, int arrivals);
 void publish_phases();
 void arrive_at(void* barrier, std::int64_t bytes);
+void expect_at(void* barrier, std::int64_t bytes);
 void wait_at(void* barrier, int parity);
 void publish_shared();
+void show_flags();
 void meet_some(int number, int n, bool waits);
 
 // One thread's part of a product that all threads of its warpgroup start together.
@@ -33,7 +36,7 @@ struct ProductPart {
     const std::uint32_t* a;  // 4 registers; null: the matrix
     std::uint64_t a_matrix, b_matrix;
     int columns;
-    bool b_is_columns, add;
+    bool a_is_columns, b_is_columns, add;
     float (*value)(std::uint16_t);
 };
 void start_part(const ProductPart& part);
@@ -67,6 +70,9 @@ inline void arrive(Barrier* barrier) {
 inline void arrive_expecting(Barrier* barrier, int bytes) {
     emulation::arrive_at(barrier, bytes);
 }
+inline void expect_bytes(Barrier* barrier, int bytes) {
+    emulation::expect_at(barrier, bytes);
+}
 inline void wait_for_phase(Barrier* barrier, int parity) {
     emulation::wait_at(barrier, parity);
 }
@@ -89,6 +95,10 @@ inline void copy_box(void* to, const TensorMap* map, Barrier* barrier, int eleme
 }
 inline void publish_to_products() {
     emulation::publish_shared();
+}
+
+inline void show_to_boxes() {
+    emulation::show_flags();
 }
 
 inline void sync_some(int number, int n) {
@@ -124,15 +134,15 @@ void settle(float (&)[n][4]) {}
 template <int n>
 void settle(std::uint32_t (&)[n][4]) {}
 
-template <class T, int n>
+template <bool a_columns = false, bool b_columns = false, class T, int n>
 void start_product(T, float (&d)[n][4], std::uint64_t a, std::uint64_t b, bool add) {
-    emulation::start_part({d[0], nullptr, a, b, 8 * n, false, add, emulation::value_of<T>});
+    emulation::start_part({d[0], nullptr, a, b, 8 * n, a_columns, b_columns, add, emulation::value_of<T>});
 }
 template <class T, int n>
 void start_product(T, float (&d)[n][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-    emulation::start_part({d[0], a, 0, b, 8 * n, true, true, emulation::value_of<T>});
+    emulation::start_part({d[0], a, 0, b, 8 * n, false, true, true, emulation::value_of<T>});
 }
 template <class T, int n>
 void start_product(T, float (&d)[n][4], std::uint64_t a, std::uint64_t b) {
-    emulation::start_part({d[0], nullptr, a, b, 8 * n, true, true, emulation::value_of<T>});
+    start_product<false, true>(T{}, d, a, b, true);
 }

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fivedp.kernels._select import library_of, raw
+from fivedp.kernels._select import library_of, raw, setting
 
-__all__ = ["empty_like", "extension", "library_of", "optional_raw", "raw", "serves", "stream_of"]
+__all__ = ["asked_kernel", "empty_like", "extension", "library_of", "optional_raw", "raw", "serves", "stream_of"]
 
 # Of the compute capabilities that the kernels are compiled for, in tenths.
 OLDEST = 80
@@ -32,6 +32,18 @@ def extension() -> Any:
             f"fivedp._cuda can't be loaded ({missing}): install fivedp where nvcc is on PATH, "
             "or with --config-settings=cmake.define.FIVEDP_CUDA=ON to see why it is not built"
         ) from missing
+
+
+@functools.cache
+def asked_kernel(what: str) -> str:
+    """Which kernels are asked for: FIVEDP_<what>_KERNEL, sm80 (the default) or sm90, read once.
+
+    Raises
+    ------
+    ValueError
+        Where it is neither.
+    """
+    return setting(f"FIVEDP_{what}_KERNEL", "sm80", "sm90")
 
 
 def serves(array: Any) -> bool:

@@ -10,15 +10,14 @@ sm90 too where the chip is another one or rows do not begin at multiples of 16 b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fivedp.kernels._select import setting, sum_type
+from fivedp.kernels._select import sum_type
 from fivedp.kernels.attention import Mask, State
-from fivedp.kernels.cuda._extension import extension, library_of, raw, stream_of
+from fivedp.kernels.cuda._extension import asked_kernel, extension, library_of, raw, stream_of
 
 Array = Any
 _TILE = 64  # attention_tile of csrc/cuda/attention.hpp
@@ -33,12 +32,6 @@ def empty_state(q: Array, v_size: int) -> State:
         xp.zeros((batch, heads, queries), dtype),
         xp.zeros((batch, queries, heads, v_size), dtype),
     )
-
-
-@functools.cache
-def asked_kernel() -> str:
-    """Which kernels are asked for: FIVEDP_ATTENTION_KERNEL, read once."""
-    return setting("FIVEDP_ATTENTION_KERNEL", "sm80", "sm90")
 
 
 def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
@@ -58,7 +51,7 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
     Returns
     -------
     str
-        The kernel that ran: 'sm80', 'sm90' (see `asked_kernel`), 'plain' for float32 and float64, 'none' where there
+        The kernel that ran: 'sm80', 'sm90' (see above), 'plain' for float32 and float64, 'none' where there
         is nothing to do.
 
     Raises
@@ -70,8 +63,8 @@ def forward(q: Array, k: Array, v: Array, mask: Mask, state: State) -> str:
     """
     q_rows, k_rows, v_rows = _rows(q=q, k=k, v=v)
     ran: str = extension().attention_forward(
-        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state), asked_kernel() == "sm90",
-        stream_of(q),
+        q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), *_arrays(state),
+        asked_kernel("ATTENTION") == "sm90", stream_of(q),
     )  # fmt: skip
     return ran
 
@@ -141,7 +134,7 @@ def backward(
     d_out_rows, q_rows, k_rows, v_rows = _rows(d_out=d_out, q=q, k=k, v=v)
     ran: str = extension().attention_backward(
         d_out_rows, q_rows, k_rows, v_rows, _on_device(mask, q), _spans(mask, q), lse, delta_rows, d_q, d_k, d_v,
-        asked_kernel() == "sm90", stream_of(q),
+        asked_kernel("ATTENTION") == "sm90", stream_of(q),
     )  # fmt: skip
     return ran
 

@@ -4,6 +4,12 @@ The meaning is that of `fivedp.kernels.gemm`: K is cut into virtual shards, each
 in a fixed binary tree. So an element has the same bits whatever M, N, strides, pieces and the tile it falls in, and
 partial products over aligned spans of shards, joined by `tree_sum`, have the bits of one product over all of K. They
 are the bits of this kernel, not those of the CPU's: matrix instructions add 16 products at a time.
+
+FIVEDP_PRODUCT_KERNEL=sm90 chooses the kernels with the instructions of compute capability 9.x (H100, H200) for
+bfloat16 and float16, here and in `fivedp.kernels.cuda.grouped`; they have not run on a GPU yet. The default, sm80, is
+for every chip from 8.0, and serves under sm90 too where the chip is another one, and for float32 and float64. The two
+may differ in bits. Nothing else chooses between them, neither sizes nor how arrays lie: ranks with the same setting and
+the same kind of chip have the bits of one of the two.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from typing import Any
 
 from fivedp.kernels._array_library import default_cuts
 from fivedp.kernels._select import library_of
-from fivedp.kernels.cuda._extension import extension, raw, stream_of
+from fivedp.kernels.cuda._extension import asked_kernel, extension, raw, stream_of
 
 __all__ = ["gemm"]
 
@@ -31,7 +37,7 @@ def gemm(
     ready: Array | None = None,
     panel: int = 0,
     ready_along: str = "k",
-) -> None:
+) -> str:
     """C = alpha * A B + beta * C, written in place.
 
     Parameters
@@ -55,10 +61,15 @@ def gemm(
         The extent of a panel along k, or along m.
     ready_along : {"k", "m"}
 
+    Returns
+    -------
+    str
+        The kernel that it was, 'sm80' or 'sm90'.
+
     Raises
     ------
     ValueError
-        Shapes or cuts that do not fit together.
+        Shapes or cuts that do not fit together, FIVEDP_PRODUCT_KERNEL.
     TypeError
         Element types other than those above.
 
@@ -77,12 +88,14 @@ def gemm(
     xp = library_of(c)
     bits_a, bits_b = [raw(piece, "gemm: a") for piece in a], [raw(piece, "gemm: b") for piece in b]
     batch, m, n = (1, *c.shape)[-3:] if c.ndim in (2, 3) else (0, 0, 0)
-    n_bytes = extension().gemm_workspace(bits_a[0], batch, m, n, len(borders) - 1) if a else 0
+    hopper = asked_kernel("PRODUCT") == "sm90"
+    n_bytes = extension().gemm_workspace(bits_a[0], batch, m, n, len(borders) - 1, hopper) if a else 0
     workspace = xp.empty(n_bytes, "uint8")
     along_m = ready_along == "m"
-    extension().gemm(
-        bits_a, bits_b, raw(c, "gemm: c"), borders, alpha, beta, ready, panel, along_m, workspace, stream_of(c)
+    ran: str = extension().gemm(
+        bits_a, bits_b, raw(c, "gemm: c"), borders, alpha, beta, ready, panel, along_m, workspace, hopper, stream_of(c)
     )
+    return ran
 
 
 def _readable(a: list[Array], b: list[Array], cuts: Sequence[int]) -> tuple[list[Array], list[Array]]:

@@ -3,7 +3,9 @@
 `offsets` is an int64 array in device memory; no function reads it on the host, so nothing waits for the kernels that
 count. It rises from 0 to at most R; rows after the last border are left as they are. All of K is one virtual shard:
 an element's bits depend on its row and its expert alone, and are those of `fivedp.kernels.cuda.gemm.gemm` with
-``cuts=(0, K)`` where K is one piece.
+``cuts=(0, K)`` where K is one piece, of the same kernel: FIVEDP_PRODUCT_KERNEL chooses it for both.
+
+Every function returns the kernel that it was, 'sm80' or 'sm90'.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fivedp.kernels.cuda._extension import extension, raw, stream_of
+from fivedp.kernels.cuda._extension import asked_kernel, extension, raw, stream_of
 from fivedp.kernels.cuda.rows import CudaRows
 
 __all__ = ["expert_hidden", "grouped_matmul", "grouped_outer"]
@@ -21,7 +23,7 @@ Array = Any
 
 def grouped_matmul(
     x: Array | CudaRows | Sequence[Array | CudaRows], w: Array | Sequence[Array], offsets: Array, out: Array
-) -> None:
+) -> str:
     """out[i] = x[i] @ w[e] for the rows i of every group e.
 
     Parameters
@@ -42,16 +44,18 @@ def grouped_matmul(
     """
     xs = list(x) if isinstance(x, list | tuple) else [x]
     ws = list(w) if isinstance(w, list | tuple) else [w]
-    extension().grouped_matmul(
+    ran: str = extension().grouped_matmul(
         [_rows(piece, "grouped_matmul: x") for piece in xs],
         [raw(piece, "grouped_matmul: w") for piece in ws],
         offsets,
         raw(out, "grouped_matmul: out"),
+        _hopper(),
         stream_of(out),
     )
+    return ran
 
 
-def grouped_outer(x: Array | CudaRows, dy: Array | CudaRows, offsets: Array, out: Array) -> None:
+def grouped_outer(x: Array | CudaRows, dy: Array | CudaRows, offsets: Array, out: Array) -> str:
     """out[e] = x_e^T @ dy_e, the sum over the rows of every group e, in their order; zeros for an empty group.
 
     Parameters
@@ -63,13 +67,15 @@ def grouped_outer(x: Array | CudaRows, dy: Array | CudaRows, offsets: Array, out
     out : (E, K, N)
         The type of x, or float32 where that has 16 bits. Any strides; must not overlap the operands.
     """
-    extension().grouped_outer(
+    ran: str = extension().grouped_outer(
         _rows(x, "grouped_outer: x"),
         _rows(dy, "grouped_outer: dy"),
         offsets,
         raw(out, "grouped_outer: out"),
+        _hopper(),
         stream_of(out),
     )
+    return ran
 
 
 def expert_hidden(
@@ -82,7 +88,7 @@ def expert_hidden(
     gate: Array | None = None,
     up: Array | None = None,
     activation: str = "swiglu",
-) -> None:
+) -> str:
     """hidden = silu(x Wg) * (x Wu), or an activation of x Wu alone, group by group; both products in one kernel.
 
     Parameters
@@ -108,7 +114,7 @@ def expert_hidden(
     def optional(array: Array | None, who: str) -> Any:
         return None if array is None else raw(array, who)
 
-    extension().expert_hidden(
+    ran: str = extension().expert_hidden(
         _rows(x, "expert_hidden: x"),
         optional(w_gate, "expert_hidden: w_gate"),
         raw(w_up, "expert_hidden: w_up"),
@@ -117,9 +123,15 @@ def expert_hidden(
         optional(gate, "expert_hidden: gate"),
         optional(up, "expert_hidden: up"),
         activation,
+        _hopper(),
         stream_of(hidden),
     )
+    return ran
 
 
 def _rows(x: Array | CudaRows, who: str) -> Any:
     return x if isinstance(x, CudaRows) else raw(x, who)
+
+
+def _hopper() -> bool:
+    return asked_kernel("PRODUCT") == "sm90"
