@@ -185,6 +185,8 @@ def beside(result: Result, unit: str, said: Callable[[Any], str]) -> str:
             low, high = entry["spread"]
             aim = entry["wanted"]
             verdict = "" if aim is None else f"{aim:.2f}: " + ("reached" if entry["ratio"] >= aim else "**short**")
+            if entry.get("needs") is not None:
+                verdict += f", {100 * entry['needs']:.0f}% of the peak"
             row = [contest["title"], shape, entry["entry"], said(ours), said(entry),
                    f"**{entry['ratio']:.2f}** ({low:.2f}-{high:.2f})", verdict]  # fmt: skip
             if errors:

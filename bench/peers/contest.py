@@ -157,6 +157,7 @@ class Arena:
             if ready[0][0] is contest.entries[0] and entry is not contest.entries[0]:
                 ratios = sorted(theirs / ours for theirs, ours in zip(seconds, times[0], strict=True))
                 line |= {"ratio": statistics.median(ratios), "spread": [ratios[0], ratios[-1]], "wanted": entry.wanted}
+                line["needs"] = needs(line, record["entries"][0], work)
             record["entries"].append(line)
         return record
 
@@ -175,6 +176,17 @@ class Arena:
         self.running.clear()
 
 
+def needs(line: dict[str, Any], ours: dict[str, Any], work: Work) -> float | None:
+    """The share of the peak, sums in registers on all our ranks, that its aim asks for; None where none is known.
+
+    An aim above 1 no program can reach on these cores.
+    """
+    peak = ours["facts"].get("peak", {}).get(work.dtype)
+    if line["wanted"] is None or peak is None or not work.flops:
+        return None
+    return float(line["wanted"] * work.flops / line["seconds"] / peak)
+
+
 def table(record: dict[str, Any]) -> list[str]:
     """The lines of a contest: entry, rate, ratio with spread, and the aim."""
     lines = [f"{record['title']}   {record['shape']} {record['dtype']}"]
@@ -184,6 +196,8 @@ def table(record: dict[str, Any]) -> list[str]:
             low, high = line["spread"]
             aim = line["wanted"]
             verdict = "" if aim is None else f"  wanted {aim:.2f}: {'reached' if line['ratio'] >= aim else 'SHORT'}"
+            if line.get("needs") is not None:
+                verdict += f" ({100 * line['needs']:.0f}% of the peak)"
             text += f"  ours is {line['ratio']:.2f}x ({low:.2f}-{high:.2f}){verdict}"
         lines.append(text)
     lines += [f"  {name}: not run, {why}" for name, why in record["missing"].items()]

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from worker import Peer
 
 import fivedp
-from fivedp.bench import environment
+from fivedp.bench import ceiling, environment
 from fivedp.kernels import gemm
 
 
@@ -25,5 +25,6 @@ class FivedpPeer(Peer):
         self.comm.Barrier()
 
     def facts(self) -> dict[str, Any]:
+        peak = {name: ceiling.in_registers(self.comm, name) for name in ("float32", "float64", "bfloat16")}
         return {"fivedp": getattr(fivedp, "__version__", None), "isa": gemm.isa(), "threads": gemm.threads(),
-                "mpi": environment.mpi()}  # fmt: skip
+                "mpi": environment.mpi(), "peak": peak}  # fmt: skip

@@ -206,6 +206,13 @@ void tree_sum(const py::sequence& partials, const std::vector<std::pair<std::int
     run_tree_sum(problem);
 }
 
+double multiply_adds(const py::array& like, std::int64_t rounds) {
+    check(rounds >= 0, "multiply_adds: rounds is ", rounds, "; 0 or more would be right");
+    const ElementType type = type_of(like, "multiply_adds", "like");
+    py::gil_scoped_release no_gil;
+    return run_multiply_adds(type, rounds);
+}
+
 void set_threads(int count) {
     check(count >= 1, "set_threads: count is ", count, "; 1 or more would be right");
     set_thread_count(count);
@@ -218,6 +225,7 @@ void bind_gemm(py::module_& module) {
                py::arg("beta"), py::arg("progress"));
     module.def("tree_sum", &tree_sum, py::arg("partials"), py::arg("spans"), py::arg("out"), py::arg("alpha"),
                py::arg("beta"));
+    module.def("multiply_adds", &multiply_adds, py::arg("like"), py::arg("rounds"));
     module.def("threads", &thread_count);
     module.def("set_threads", &set_threads, py::arg("count"));
     module.def("isa", [] { return std::string(kernels().name); });

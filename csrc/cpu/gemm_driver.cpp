@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
+#include <vector>
 
 #include "common/thread_pool.hpp"
 #include "cpu/block_queue.hpp"
@@ -45,6 +47,19 @@ void run_tree_sum(const TreeSumProblem& problem) {
                 table.tree_sum(problem, begin, std::min(begin + run, rows));
         },
         [] {});
+}
+
+double run_multiply_adds(ElementType type, std::int64_t rounds) {
+    const KernelTable& table = kernels();
+    const auto loop = type == ElementType::f32   ? table.peak_f32
+                      : type == ElementType::f64 ? table.peak_f64
+                                                 : table.peak_bf16;
+    const int threads = thread_count();
+    if (threads <= 1) return loop(rounds);
+    std::vector<double> done(static_cast<std::size_t>(threads));
+    run_parallel(
+        threads, [&](int thread) { done[static_cast<std::size_t>(thread)] = loop(rounds); }, [] {});
+    return std::accumulate(done.begin(), done.end(), 0.0);
 }
 
 }  // namespace fivedp

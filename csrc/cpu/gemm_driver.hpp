@@ -12,4 +12,7 @@ void run_gemm(GemmRequest request, const std::function<bool()>& progress);
 
 void run_tree_sum(const TreeSumProblem& problem);
 
+// Multiplies and adds in registers on all threads, `rounds` rounds each; returns the operations of all.
+double run_multiply_adds(ElementType type, std::int64_t rounds);
+
 }  // namespace fivedp

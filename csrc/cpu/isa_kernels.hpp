@@ -50,6 +50,7 @@ namespace {
 #include "cpu/stream.hpp"
 // (built on the above)
 #include "cpu/gemm.hpp"
+#include "cpu/peak.hpp"
 #include "cpu/tree_sum.hpp"
 // (boxes)
 #include "cpu/copy.hpp"
@@ -122,6 +123,9 @@ constexpr KernelTable table = {FIVEDP_TEXT(FIVEDP_ISA),
                                gemm_kernel<F32Engine>(),
                                gemm_kernel<F64Engine>(),
                                gemm_kernel<Bf16Engine>(),
+                               &multiply_adds<F32Engine>,
+                               &multiply_adds<F64Engine>,
+                               &multiply_adds<Bf16Engine>,
                                &tree_sum,
                                &copy_rows,
                                attention_kernel<F32Engine>(),

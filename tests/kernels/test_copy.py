@@ -40,7 +40,7 @@ def assert_copied(rng: np.random.Generator, shape: Sequence[int], dtype: Any, fo
     wanted[place] = source_whole[source_place]
     for copy in (_cpu.copy_box, lambda to, source, later: copy_box(to, source, for_later=later)):
         target = whole.copy()
-        copy(target[place], source_whole[source_place], for_later)
+        copy(target[(*place, ...)], source_whole[(*source_place, ...)], for_later)
         assert bits(target) == bits(wanted)
 
 

@@ -1,7 +1,8 @@
 """The rates that no benchmark here can exceed, measured before any share of them is quoted.
 
-Arithmetic: the best rate of a product whose operands stay in the caches, on one core and on all ranks at once, for each
-type; ours and (where it has the type) NumPy's, whichever is faster. Memory: copying arrays larger than the caches.
+Arithmetic: sums of products in registers, which load and store nothing, on one core and on all ranks at once, for each
+type. Should a product be faster, ours or NumPy's with operands in the caches, then that. Memory: copying arrays larger
+than the caches.
 Messages: MPI ping-pong between rank 0 and the last rank. All of it takes about three seconds.
 """
 
@@ -17,6 +18,7 @@ from fivedp.bench import agree, operands
 
 CACHED = 384  # three 384^2 float32 matrices are 1.7 MB: near the core, yet long enough to fill the pipes
 LARGE = 1024  # a large product reuses its panels more, and on many cores runs closer to the peak
+IN_REGISTERS = 100_000  # rounds: about a millisecond
 ROUNDS = 3
 COPY_BYTES = 1 << 26
 MESSAGE_BYTES = 1 << 22
@@ -52,31 +54,36 @@ def peak(record: dict[str, Any], dtype: str) -> float:
     return float(record["flops"][dtype]["all"])
 
 
-def _products(name: str, size: int) -> list[Callable[[], Any]]:
-    """The products that compete for the peak of type `name`."""
+def _contestants(name: str, size: int) -> list[Callable[[], float]]:
+    """What competes for the peak of type `name`; each says how many operations it has done."""
     from fivedp.kernels import gemm
 
     dtype = operands.dtype_of(name)
     a = operands.block(1, range(size), range(size), dtype)
     b = operands.block(2, range(size), range(size), dtype)
     c = np.zeros((size, size), dtype)
-    products: list[Callable[[], Any]] = [lambda: np.matmul(a, b, out=c)] if dtype.itemsize >= 4 else []
+
+    def product(multiply: Callable[[], Any]) -> float:
+        multiply()
+        return (8.0 if dtype.kind == "c" else 2.0) * size**3
+
+    found = [lambda: product(lambda: np.matmul(a, b, out=c))] if dtype.itemsize >= 4 else []
     if dtype.kind != "c":
-        products.append(lambda: gemm.gemm(a, b, c))
-    return products
+        found += [lambda: product(lambda: gemm.gemm(a, b, c)), lambda: gemm.multiply_adds(dtype, IN_REGISTERS)]
+    return found
 
 
-def _best_rate(product: Callable[[], Any], work: float, seconds: float) -> float:
-    """Fastest of the repetitions of `product` that fit into `seconds`, as work per second."""
-    product()
-    best, end = float("inf"), time.perf_counter() + seconds
+def _best_rate(contestant: Callable[[], float], seconds: float) -> float:
+    """Of the repetitions that fit into `seconds` the fastest, as operations per second."""
+    contestant()
+    best, end = 0.0, time.perf_counter() + seconds
     while True:
         start = time.perf_counter()
-        product()
+        work = contestant()
         stop = time.perf_counter()
-        best = min(best, stop - start)
+        best = max(best, work / (stop - start))
         if stop > end:
-            return work / best
+            return best
 
 
 def _alone(comm: Any, name: str, seconds: float) -> float:
@@ -86,32 +93,39 @@ def _alone(comm: Any, name: str, seconds: float) -> float:
     rate = 0.0
     if comm.rank == 0:
         with threadpool_limits(1, "blas"):
-            products = _products(name, CACHED)
-            rate = max(_best_rate(p, _work(name, CACHED), seconds / len(products)) for p in products)
+            contestants = _contestants(name, CACHED)
+            rate = max(_best_rate(contestant, seconds / len(contestants)) for contestant in contestants)
     agree.wait_asleep(comm)
     return rate
 
 
-def _work(name: str, size: int) -> float:
-    return (8.0 if name.startswith("complex") else 2.0) * size**3
+def in_registers(comm: Any, name: str, seconds: float = 0.1) -> float:
+    """FLOP/s of all ranks at once where nothing is loaded or stored: no product can exceed it. Collective."""
+    from fivedp.kernels import gemm
+
+    dtype = operands.dtype_of(name)
+    return _at_once(comm, lambda: gemm.multiply_adds(dtype, IN_REGISTERS), seconds / ROUNDS)
 
 
 def _together(comm: Any, name: str, seconds: float) -> float:
-    """Peak of all ranks at once: the best round, a round being the work that all finish over the slowest's time."""
+    """Peak of all ranks at once."""
+    contestants = [contestant for size in (CACHED, LARGE) for contestant in _contestants(name, size)]
+    return max(_at_once(comm, contestant, seconds / (4 * ROUNDS)) for contestant in contestants)
+
+
+def _at_once(comm: Any, contestant: Callable[[], float], seconds: float) -> float:
+    """The best round of all ranks: the work that all finish over the slowest's time, as operations per second."""
     best = 0.0
-    for size in (CACHED, LARGE):
-        for product in _products(name, size):
-            product()
-            for _ in range(ROUNDS):
-                count = 0
-                comm.Barrier()
-                start = time.perf_counter()
-                while count == 0 or time.perf_counter() - start < seconds / (4 * ROUNDS):
-                    product()
-                    count += 1
-                (slowest,) = agree.largest(comm, time.perf_counter() - start)
-                (work,) = agree.total(comm, count * _work(name, size))
-                best = max(best, work / slowest)
+    contestant()
+    for _ in range(ROUNDS):
+        done = 0.0
+        comm.Barrier()
+        start = time.perf_counter()
+        while done == 0 or time.perf_counter() - start < seconds:
+            done += contestant()
+        (slowest,) = agree.largest(comm, time.perf_counter() - start)
+        (work,) = agree.total(comm, done)
+        best = max(best, work / slowest)
     return best
 
 

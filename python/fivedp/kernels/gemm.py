@@ -24,7 +24,7 @@ from fivedp import _cpu
 from fivedp.kernels import _array_library
 from fivedp.kernels._select import gemm_backend, is_cupy, raw
 
-__all__ = ["gemm", "gemm_backend", "isa", "set_threads", "supported_isas", "threads", "tree_sum"]
+__all__ = ["gemm", "gemm_backend", "isa", "multiply_adds", "set_threads", "supported_isas", "threads", "tree_sum"]
 
 Array = Any
 
@@ -138,6 +138,29 @@ def threads() -> int:
 def set_threads(count: int) -> None:
     """Use `count` threads in this process from now on."""
     _cpu.set_threads(count)
+
+
+def multiply_adds(dtype: Any, rounds: int) -> float:
+    """Multiply and add in registers, on all threads: what products are measured against.
+
+    Parameters
+    ----------
+    dtype : dtype
+        float32, float64 or bfloat16.
+    rounds : int
+        So many times a tile of independent sums is added to.
+
+    Returns
+    -------
+    float
+        Operations done, two for every product that is added, by all threads together.
+
+    Raises
+    ------
+    TypeError
+        For another type.
+    """
+    return _cpu.multiply_adds(raw(np.empty(0, dtype), "multiply_adds"), rounds)
 
 
 def isa() -> str:
