@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from fivedp.layout.experts import ExpertCut, tree_paths
 from fivedp.layout.hot_experts import ExpertSizes, Replica
 from fivedp.layout.nodes import Counts, Nodes
 from fivedp.layout.order import begins, stable_order
+
+if TYPE_CHECKING:
+    from fivedp.layout.dispatch import Outgoing
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -133,6 +136,16 @@ class Copies:
             # The moved leaf lies within the smallest subtree that has both: no higher bit differs.
             first |= same & ~_lower(left ^ right, paths[at] ^ right)
         return first
+
+
+def crossing_change(before: Outgoing, after: Outgoing, nodes: Nodes) -> Counts:
+    """(2, N): by how much a rank's rows to every other node, and the sums that come back from it, are more."""
+    found = np.zeros((2, nodes.count), np.int64)
+    for node, members in enumerate(nodes.members):
+        if node != nodes.of[before.rank]:
+            found[0, node] = sum(len(after.rows[rank]) - len(before.rows[rank]) for rank in members)
+            found[1, node] = sum(after.n_returns[rank] - before.n_returns[rank] for rank in members)
+    return found
 
 
 def _nearest(marked: Mask) -> tuple[Array, Array]:

@@ -10,17 +10,17 @@ owner makes all of it, half of the backward's operations; for the rows made else
 width F that enter the sum. The weights travel once more, for nothing of them is kept. A forward that is to have a
 backward is priced with it.
 
-What comes back is a price of its own. A row that was made at home takes no sum with it, but may cut one of the owner's
-sums into several, on every way home. From the counts by expert it is not known how often, so the price has the most
-that it can be; rows that no longer cross are not counted in its favour.
+Each copy is priced by its weights, and by what the backward sends for its rows. What it changes beside that, the counts
+by expert don't show: a row that is made at home need not cross, if its token has no other expert there, but it may cut
+one sum of the owner's into several, on every way home. So where copies pay, every rank counts what would cross of its
+own tokens, and with these numbers the busiest link is priced once more (`Verdict.with_crossing`): what is taken costs
+what is said, to the byte.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,6 @@ class ExpertSizes:
         Bytes of an element of the weights.
     there, back : int
         Bytes of an element of a row on its way to an owner, and of a sum on its way home.
-    top_k : int
-        The most experts of a token.
     backward : bool
         Whether a backward follows.
     """
@@ -58,7 +56,6 @@ class ExpertSizes:
     itemsize: int
     there: int
     back: int
-    top_k: int
     backward: bool = False
 
     @property
@@ -80,20 +77,6 @@ class ExpertSizes:
     def kept(self) -> int:
         """Bytes that the backward sends the owner for a row made elsewhere: of x and dy, and of the products."""
         return 2 * self.width * self.there + self.matrices * self.hidden * self.itemsize
-
-    def more_sums(self, n_experts: int) -> int:
-        """How many sums more may come back for a row made elsewhere, at most, on one way home."""
-        depth = max(0, n_experts - 1).bit_length()
-        return max(0, min(self.top_k - 1, depth) - 1)
-
-    def link_bytes(self, n: int, n_experts: int) -> tuple[int, int]:
-        """What a copy that computes n rows sends between the nodes: to its node, and, at most, to the owner's or back.
-
-        The weights go to the copy. Sums go there too, from the owner's node; in the backward rows go to the owner.
-        """
-        ways = 2 if self.backward else 1
-        sums = n * self.more_sums(n_experts) * self.width * self.back
-        return ways * (self.weights + sums), n * self.kept if self.backward else 0
 
 
 @dataclass(frozen=True)
@@ -139,18 +122,39 @@ class Verdict:
     ----------
     tried : list of Replica
         The last one may not pay: the best that was left.
-    saved, cost : float
-        Seconds of those that pay: by which the busiest rank is done earlier, and of the busiest node's link.
+    saved : float
+        Seconds by which the busiest rank is done earlier, of those that pay.
+    links : (2, N) int64
+        By how many bytes what every node sends, and what it receives, is changed.
+    link : float
+        Bytes a second of a node.
     """
 
     tried: list[Replica]
     saved: float
-    cost: float
+    links: Counts
+    link: float
+
+    @property
+    def cost(self) -> float:
+        """Seconds of the busiest link."""
+        return max(0, int(self.links.max(initial=0))) / self.link
 
     @property
     def taken(self) -> list[Replica]:
         """The copies that are made: those that pay, where they do so together."""
         return [replica for replica in self.tried if replica.pays] if self.saved > self.cost else []
+
+    def with_crossing(self, nodes: Nodes, sizes: ExpertSizes, rows: Counts, sums: Counts) -> Verdict:
+        """The same with what crosses more or less, (P, N) each: of every rank's rows to every node, of sums from it."""
+        # The backward has rows of x and of dy, and sums of its own.
+        there = rows * sizes.width * sizes.there * (3 if sizes.backward else 1)
+        back = sums * sizes.width * sizes.back * (2 if sizes.backward else 1)
+        links = self.links.copy()
+        for node, members in enumerate(nodes.members):
+            links[0, node] += there[members].sum() + back[:, node].sum()
+            links[1, node] += there[:, node].sum() + back[members].sum()
+        return replace(self, links=links)
 
 
 def rank_loads(counts: Counts, cut: ExpertCut) -> npt.NDArray[np.float64]:
@@ -159,10 +163,14 @@ def rank_loads(counts: Counts, cut: ExpertCut) -> npt.NDArray[np.float64]:
 
 
 def may_pay(counts: Counts, cut: ExpertCut, sizes: ExpertSizes, network: Network) -> bool:
-    """Whether the busiest rank is late by more than the weights of one expert take: a look before `verdict`."""
+    """Whether the weights of one expert take less than the busiest rank could be relieved of: a look before `verdict`.
+
+    Where this says no, no copy pays.
+    """
     loads = rank_loads(counts, cut)
-    late = float(loads.max() - loads.mean()) * sizes.operations / network.flops
-    return late > sizes.weights / network.link
+    most, least = float(loads.max(initial=0.0)), float(loads.min(initial=0.0))
+    uneven = most > _BALANCED * float(loads.mean())
+    return uneven and (most - least) * sizes.operations / network.flops > sizes.weights / network.link
 
 
 def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, network: Network) -> Verdict:
@@ -182,7 +190,7 @@ def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, ne
     left = counts.copy()  # of every rank and expert, what can still be taken
     node_of = np.array(nodes.of)
     tried: list[Replica] = []
-    links = np.zeros((2, nodes.count))  # bytes that every node sends and receives
+    links = np.zeros((2, nodes.count), np.int64)
     while True:
         busy = int(loads.argmax())
         if loads[busy] <= _BALANCED * loads.mean():
@@ -198,7 +206,8 @@ def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, ne
         wanted = left[members, expert]
         level = _level(float(loads[busy]), loads[members].tolist(), (share * wanted).tolist())
         n = np.minimum(wanted, np.maximum(0, (level - loads[members]) / share)).astype(np.int64)
-        out, back = sizes.link_bytes(int(n.sum()), cut.n_experts)
+        # The weights go to the copy, and once more in the backward; then rows go to the owner.
+        out, back = (2 * sizes.weights, int(n.sum()) * sizes.kept) if sizes.backward else (sizes.weights, 0)
         at_home = tuple((rank, k) for rank, k in zip(members, n.tolist(), strict=True) if k)
         saved = share * int(n.sum()) * per_row
         tried.append(Replica(expert, busy, int(node), at_home, saved, (out + back) / network.link))
@@ -210,7 +219,7 @@ def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, ne
         for sender, receiver, size in ((node_of[busy], node, out), (node, node_of[busy], back)):
             links[0, sender] += size
             links[1, receiver] += size
-    return Verdict(tried, float(before - loads.max(initial=0.0)) * per_row, float(links.max()) / network.link)
+    return Verdict(tried, float(before - loads.max(initial=0.0)) * per_row, links, network.link)
 
 
 def _level(busy: float, others: Sequence[float], most: Sequence[float]) -> float:
@@ -224,13 +233,3 @@ def _level(busy: float, others: Sequence[float], most: Sequence[float]) -> float
         else:
             high = level
     return low
-
-
-def counts_by_expert(experts: npt.NDArray[np.integer[Any]], borders: Sequence[int], n_experts: int) -> Counts:
-    """(P, E): the pairs of every rank with every expert, of choices (T, k) that are cut over the ranks at `borders`."""
-    return np.array(
-        [
-            np.bincount(part[part >= 0], minlength=n_experts)
-            for part in (experts[begin:end] for begin, end in itertools.pairwise(borders))
-        ]
-    ).reshape(-1, n_experts)

@@ -86,18 +86,18 @@ class Relay:
         return sum(self.incoming.n_sums[rank] for rank in self.served[gateway])
 
     def places(
-        self, part: slice, source: Indices, index: Indices, whole: npt.NDArray[np.bool_]
+        self, source: Indices, index: Indices, whole: npt.NDArray[np.bool_], part: slice = slice(None)
     ) -> tuple[Indices, Indices]:
         """Where this rank's rows are: tables (array, row) in which array P + g is what gateway g has for this rank.
 
         Parameters
         ----------
-        part : slice
-            Of the rows.
         source, index : (rows of the part,) int32
             The same for rows that come straight from their ranks.
         whole : (P,) bool
             Of every rank of this node, whether its array is its whole box, read in place; else the needed rows alone.
+        part : slice
+            Of this rank's rows.
         """
         incoming, gateway = self.incoming, self._gateway[source]
         far = gateway >= 0

@@ -8,7 +8,7 @@ of each, and come to the same choice of the way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,10 +19,10 @@ import numpy as np
 from fivedp.comm.grid import Group
 from fivedp.comm.messages import TAGS, Mailbox
 from fivedp.kernels._select import library_of, sum_type
-from fivedp.layout.copies import Copies
+from fivedp.layout.copies import Copies, crossing_change
 from fivedp.layout.dispatch import Incoming, Outgoing, pair_type
 from fivedp.layout.experts import ExpertCut, cut_experts
-from fivedp.layout.hot_experts import ExpertSizes, may_pay, verdict
+from fivedp.layout.hot_experts import ExpertSizes, Verdict, may_pay, verdict
 from fivedp.layout.nodes import PER_NODE, Network, Nodes, RowWay, cheapest, row_ways
 from fivedp.layout.relay import NEED, Relay
 from fivedp.ops.plan_tables import PlanTables
@@ -66,6 +66,8 @@ class DispatchPlan:
         What this rank does for rows that cross to a node once; None where they go to every rank.
     copies : Copies or None
         Of hot experts on other nodes; None where there are none.
+    hot : Verdict or None
+        What copies bring; None where it was clear from the counts that they do not pay.
     """
 
     group: Group
@@ -82,6 +84,7 @@ class DispatchPlan:
     ways: tuple[RowWay, ...] = ()
     relay: Relay | None = None
     copies: Copies | None = None
+    hot: Verdict | None = None
 
     @property
     def xp(self) -> Any:
@@ -142,6 +145,8 @@ class DispatchPlan:
         row, back = width * self.wire_dtype.itemsize, width * self.back_dtype.itemsize
         words = _words(self.cut, self.nodes.count)
         pairs = {s: pairs_bytes(out.n_told[s], words, self.sums) for s in self.peers}
+        if self.hot is not None:  # what crosses more or less
+            pairs = {s: n + 2 * self.nodes.count * 8 for s, n in pairs.items()}
         rows = {s: len(out.rows[s]) * row for s in self.peers}
         returns = {s: self.incoming.n_sums[s] * back for s in self.direct_peers}
         if self.relay is not None:
@@ -198,8 +203,8 @@ def network_of(group: Group) -> Network:
 
 def _words(cut: ExpertCut, n_nodes: int) -> int:
     """How many numbers everybody is told: pairs for every owner, or over several nodes for every expert; then rows for
-    every node, in either way, and k."""
-    return cut.n_experts + 2 * n_nodes + 1 if n_nodes > 1 else cut.n_ranks
+    every node, in either way."""
+    return cut.n_experts + 2 * n_nodes if n_nodes > 1 else cut.n_ranks
 
 
 def pairs_bytes(n_pairs: int, n_words: int, sums: Any) -> int:
@@ -253,12 +258,12 @@ def plan_dispatch(
     n_tokens: Sequence[int],
     wire: str,
     sums: Any,
-    may_copy: Callable[[int], ExpertSizes] | None = None,
+    may_copy: ExpertSizes | None = None,
 ) -> DispatchPlan:
     """Tell every owner which pairs are its own. Collective over the mailbox's group.
 
-    `mail` and `routing` are those of the host, wherever the tokens `x` are. `may_copy` gives the sizes of the layer
-    whose experts may be copied, from the most experts of a token; the same on every rank.
+    `mail` and `routing` are those of the host, wherever the tokens `x` are. `may_copy` has the sizes of a layer
+    whose experts may be copied.
     """
     group, on_device = mail.group, library_of(x) is not np
     nodes, mine = nodes_of(group), group.index
@@ -279,35 +284,53 @@ def plan_dispatch(
     through = outgoing.through_gateways(nodes)
     crossing = [sum(len(v.rows[rank]) for rank in ranks) for v in (outgoing, through) for ranks in nodes.members]
     by_expert = np.bincount(outgoing.pairs["expert"], minlength=cut.n_experts)
-    words = np.array([*by_expert, *crossing, routing.experts.shape[1]], np.int64)
+    words = np.array([*by_expert, *crossing], np.int64)
     pairs, everyone = exchange_pairs(mail, through, words, slice(*cut.of(mine)))
-    borders = [cut.n_experts, cut.n_experts + nodes.count, cut.n_experts + 2 * nodes.count]
-    by_expert, per_rank, per_node, top_k = np.split(everyone, borders, axis=1)
+    by_expert, per_rank, per_node = np.split(everyone, [cut.n_experts, cut.n_experts + nodes.count], axis=1)
     counts = np.add.reduceat(np.pad(by_expert, ((0, 0), (0, 1))), cut.borders[:-1], axis=1)
     counts[:, np.diff(cut.borders) == 0] = 0
     for ranks, node in zip(nodes.members, range(nodes.count), strict=True):
         per_rank[ranks, node] = per_node[ranks, node] = 0  # what stays on the node crosses to none
     network = network_of(group)
-    copies = None
-    if may_copy is not None:
-        sizes = may_copy(int(top_k.max()))
-        if may_pay(by_expert, cut, sizes, network):
-            taken = verdict(by_expert, cut, nodes, sizes, network).taken
-            copies = Copies(cut, nodes, sizes, taken) if taken else None
     there, back = (x.shape[1] * dtype.itemsize for dtype in (wire_types(x.dtype, wire)))
     in_place = group.grid.shared is not None and not on_device
     ways = tuple(row_ways(nodes, per_rank, per_node, there, back, network, in_place=in_place))
     once_per_node = cheapest(ways).name == PER_NODE
     leading = through if once_per_node else outgoing
+    copies, hot = None, None
+    if may_copy is not None and may_pay(by_expert, cut, may_copy, network):
+        copies, hot = _copies(mail, leading, verdict(by_expert, cut, nodes, may_copy, network), nodes, may_copy)
     if copies is not None:
         leading = leading.with_copies(copies)
         pairs[mine] = leading.pairs[leading.of_owner[mine]]
-    plan = planned(pairs, counts.sum(axis=0), outgoing=leading, ways=ways, copies=copies)
+    plan = planned(pairs, counts.sum(axis=0), outgoing=leading, ways=ways, copies=copies, hot=hot)
     if not once_per_node:
         return plan
     relay = Relay(nodes, plan.incoming, per_node)
     relay.hear(_exchange_needs(mail, relay, counts))
     return replace(plan, relay=relay)
+
+
+def _copies(
+    mail: Mailbox, outgoing: Outgoing, found: Verdict, nodes: Nodes, sizes: ExpertSizes
+) -> tuple[Copies | None, Verdict | None]:
+    """The copies that pay, when every rank has said what crosses more or less for them."""
+    if not found.taken:
+        return None, None
+    copies, group = Copies(outgoing.cut, nodes, sizes, found.taken), mail.group
+    words = crossing_change(outgoing, outgoing.with_copies(copies), nodes)
+    everyone = np.empty((group.size, *words.shape), np.int64)
+    everyone[group.index] = words
+    peers = [(group.index + step) % group.size for step in range(1, group.size)]
+    receipts = {peer: mail.receive(words.shape, np.int64, peer, TAGS["A"]) for peer in peers[::-1]}
+    for peer in peers:
+        mail.send(words, peer, TAGS["A"], 0)
+    mail.wait(list(receipts.values()))
+    for peer, receipt in receipts.items():
+        everyone[peer] = receipt.array
+        mail.release(receipt)
+    found = found.with_crossing(nodes, sizes, everyone[:, 0], everyone[:, 1])
+    return copies if found.taken else None, found
 
 
 def wire_types(dtype: Any, wire: str) -> tuple[np.dtype[Any], np.dtype[Any]]:

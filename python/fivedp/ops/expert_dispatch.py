@@ -249,7 +249,7 @@ class Dispatched:
             return arrays, senders, index
         assert part == slice(0, incoming.n_own), "what comes through gateways comes as a whole"
         boxes, whole = self._relayed.arrays()
-        return (arrays + boxes, *plan.relay.places(part, senders, index, whole))
+        return (arrays + boxes, *plan.relay.places(senders, index, whole, part))
 
     def release(self) -> None:
         """This rank has read the rows for the last time."""

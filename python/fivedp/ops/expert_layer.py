@@ -16,7 +16,6 @@ that the experts' outputs need not be stored, and one number per pair travels ho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -239,7 +238,7 @@ def expert_layer(
     y = library_of(x).empty(x.shape, sum_type(x.dtype) if tensor or shared else x.dtype)
     beside: SharedForward | None = None
     with mailbox(group, what, library_of(x)) as mail:
-        may_copy = None if tensor or library_of(x) is not np else partial(_sizes, x, w_up, w_gate, wire, keep)
+        may_copy = None if tensor or library_of(x) is not np else _sizes(x, w_up, w_gate, wire, keep)
         plan = plan_dispatch(mail.host, chosen, x, n_tokens, wire, sum_type(x.dtype), may_copy)
         weights = {"w_up": w_up, "w_down": w_down} | ({} if w_gate is None else {"w_gate": w_gate})
         work, progress = SharedWork(mail, plan, columns, n_phases=2), mail.progress()
@@ -292,12 +291,12 @@ def expert_layer(
     )  # fmt: skip
 
 
-def _sizes(x: Array, w_up: Array, w_gate: Array | None, wire: str, keep: bool, top_k: int) -> ExpertSizes:
+def _sizes(x: Array, w_up: Array, w_gate: Array | None, wire: str, keep: bool) -> ExpertSizes:
     """What the price of copies needs to know of a layer."""
     there, back = wire_types(x.dtype, wire)
     matrices = 2 if w_gate is None else 3
     return ExpertSizes(
-        x.shape[1], w_up.shape[2], matrices, x.dtype.itemsize, there.itemsize, back.itemsize, top_k, backward=keep
+        x.shape[1], w_up.shape[2], matrices, x.dtype.itemsize, there.itemsize, back.itemsize, backward=keep
     )
 
 

@@ -60,7 +60,7 @@ class PlanTables:
         if self.relay is not None:
             whole = np.zeros(len(incoming.pairs), np.bool_)
             whole[incoming.rank] = True
-            found = self.relay.places(slice(None), *found, whole)
+            found = self.relay.places(*found, whole)
         source, index = to_device(self.xp, found)
         return source, index
 
