@@ -199,9 +199,9 @@ def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, ne
         room = np.where(node_of != node_of[busy], (loads[busy] - loads) / (2 * share), 0)
         most = np.minimum(left[:, begin:end], room[:, None])
         gain = np.array([most[members].sum(axis=0) for members in nodes.members])
-        node, place = np.unravel_index(int(gain.argmax()), gain.shape)
-        if gain[node, place] < 1:
+        if gain.max(initial=0.0) < 1:  # also where it has no experts, and is busy with copies
             break
+        node, place = np.unravel_index(int(gain.argmax()), gain.shape)
         expert, members = begin + int(place), nodes.members[node]
         wanted = left[members, expert]
         level = _level(float(loads[busy]), loads[members].tolist(), (share * wanted).tolist())
