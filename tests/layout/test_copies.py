@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fivedp.layout.copies import Copies, crossing_change
 from fivedp.layout.dispatch import Incoming
-from fivedp.layout.experts import middle, tree_paths
+from fivedp.layout.experts import cut_experts, middle, tree_paths
 from fivedp.layout.hot_experts import ExpertSizes, Replica
 from fivedp.layout.nodes import Nodes
 from fivedp.layout.relay import Relay
@@ -159,7 +159,25 @@ def test_rows_are_made_once_and_cross_only_where_they_are_needed(
 def test_sums_are_those_of_one_rank_to_the_last_bracket(
     weighted: bool, once_per_node: bool, data: Any, world: World, seed: int
 ) -> None:
-    there = CopiedWorld(world, nodes := data.draw(node_maps(world)), seed, once_per_node)
+    check_sums(CopiedWorld(world, data.draw(node_maps(world)), seed, once_per_node), weighted, once_per_node)
+
+
+@WAYS
+@pytest.mark.parametrize("labels", [(0, 1), (0, 0, 1), (0, 1, 0, 1), (0, 0, 0, 1, 1), (0, 0, 1, 1, 2, 2)])
+def test_sums_of_many_tokens_with_many_experts(labels: tuple[int, ...], once_per_node: bool, seed: int) -> None:
+    """Drawn worlds are small, and few of their tokens have three experts in one subtree."""
+    rng, P = np.random.default_rng(seed), len(labels)
+    for n_experts in (8, 13, 32):
+        sizes = rng.integers(0, 40, P).tolist()
+        experts = [np.argsort(rng.random((n, n_experts)), axis=1)[:, :6].astype(np.int32) for n in sizes]
+        weights = [rng.random(table.shape).astype(np.float32) for table in experts]
+        world = World(cut_experts(n_experts, P), experts, weights)
+        check_sums(CopiedWorld(world, Nodes(labels), int(rng.integers(1 << 30)), once_per_node), True, once_per_node)
+
+
+def check_sums(there: CopiedWorld, weighted: bool, once_per_node: bool) -> None:
+    """What comes home adds up to the expressions of one rank, with the fewest sums on the way."""
+    world, nodes = there.world, there.nodes
     n_experts, rows = world.cut.n_experts, [there.rows(rank) for rank in there.ranks]
     home: list[dict[int, list[Any]]] = [{0: rows[rank]} for rank in there.ranks]
     for owner in there.ranks:
