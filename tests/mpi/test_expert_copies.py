@@ -13,10 +13,23 @@ from mpi4py import MPI
 
 import fivedp
 import mpi_dispatch
+from fivedp import LayoutError
 from fivedp.comm.grid import grid_of
+from fivedp.comm.shared_window import SharedWindow
 from fivedp.layout.nodes import PER_NODE, PER_RANK, Network, cheapest
 from fivedp.ops import dispatch_plan
-from mpi_experts import BFLOAT16, DTYPES, Case, assert_at_the_bound, copies_pay, draw_case, on_nodes, window_from
+from fivedp.ops.expert_copies import CopiedWeights
+from mpi_experts import (
+    BFLOAT16,
+    DTYPES,
+    Case,
+    assert_at_the_bound,
+    assert_same_error,
+    copies_pay,
+    draw_case,
+    on_nodes,
+    window_from,
+)
 
 RANKS = (1, 3, 4, 5, 6, 8)
 TIMEOUT = 200
@@ -34,11 +47,14 @@ LINKS = {PER_RANK: "1e6", PER_NODE: "1e-9"}
 
 
 def skewed(rng: np.random.Generator, dtype: Any, ranks: int, **options: Any) -> Case:
-    """Tokens that very often choose the same few experts, all of them on the first ranks."""
+    """Tokens that very often choose the same few experts, all of them on the first ranks or on the last ones."""
     usual: dict[str, Any] = {"n_experts": 3 * ranks + 1, "top_k": 4, "n_tokens": 25 * ranks}
     if "given" not in options:
         usual |= {"given": True, "empty": 0.1, "skew": 1.5}
-    return draw_case(rng, dtype, ranks, **(usual | options))
+    case = draw_case(rng, dtype, ranks, **(usual | options))
+    if case.experts is not None and rng.integers(2):
+        case.experts = np.where(case.experts < 0, -1, case.n_experts - 1 - case.experts).astype(np.int32)
+    return case
 
 
 def judge(case: Case, apart: MPI.Intracomm, copied: bool = True) -> Any:
@@ -69,14 +85,14 @@ def test_layer_and_its_gradients_have_the_bits_of_one_rank(
 ) -> None:
     if way == "messages":
         monkeypatch.setenv("FIVEDP_SHARED", "0")
-    rng = np.random.default_rng(seed)
+    rng, ways = np.random.default_rng(seed), set()
     for nodes in MAPS[comm.size]:
         apart = on_nodes(comm, nodes, LINKS[link])
         for dtype in DTYPES:
             with window_from(1 if rng.integers(2) else 1 << 40):
                 plan = judge(skewed(rng, dtype, comm.size, top_k=min(6, 3 * comm.size)), apart)
-            if len(set(nodes)) < comm.size > 1:
-                assert (plan.relay is not None) == (link == PER_NODE)
+            ways.add(plan.relay is not None)
+    assert (True in ways) == (link == PER_NODE) or comm.size < 4
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -109,6 +125,35 @@ def test_any_layer(comm: MPI.Intracomm, seed: int, link: str) -> None:
         with copies_pay(wanted):
             found.append(case.run(apart)[0])
     assert [a.tobytes() for a in found[0]] == [a.tobytes() for a in found[1]]
+
+
+def test_weights_are_read_in_place_where_there_is_no_room_for_boxes(
+    comm: MPI.Intracomm, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart, whole = on_nodes(comm, MAPS[comm.size][0], LINKS[PER_NODE]), []
+    release = CopiedWeights.release
+
+    def noted(self: CopiedWeights) -> None:
+        whole.extend(receipt.whole for receipt in self._receipts.values())
+        release(self)
+
+    monkeypatch.setattr(CopiedWeights, "release", noted)
+    case = skewed(np.random.default_rng(seed), np.float32, comm.size)
+    with window_from(1):
+        judge(case, apart)
+        monkeypatch.setattr(SharedWindow, "take", lambda self, n_bytes: None)
+        judge(case, apart)
+    assert all(whole)
+    assert comm.allreduce(len(whole)) or comm.size < 4
+
+
+def test_ranks_must_agree_on_keep(comm: MPI.Intracomm, seed: int) -> None:
+    case, last = skewed(np.random.default_rng(seed), np.float32, comm.size), comm.size - 1
+    if comm.size > 1:
+        arrays, keywords, _ = case.arguments(comm)
+        assert_same_error(
+            comm, lambda: fivedp.expert_layer(*arrays, comm, keep=comm.rank == last, **keywords), LayoutError, "keep="
+        )
 
 
 def test_without_a_backward_copies_are_priced_for_the_forward_alone(comm: MPI.Intracomm, seed: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fivedp.comm.messages import TAGS, Mailbox, Receipt
+from fivedp.comm.messages import TAGS, Mailbox, Receipt, Workspace
 from fivedp.kernels.experts import Rows
 from fivedp.ops.dispatch_plan import DispatchPlan
 from fivedp.ops.expert_dispatch import Dispatched, in_type
@@ -45,7 +45,7 @@ class CopiedWeights:
         size = sum(int(np.prod(shape)) for shape in self._shapes.values())
         copies, mine, dtype = self.copies, plan.group.index, plan.dtype
         self._taken_in, self._used = copies.taken_in(mine), copies.used_by(mine)
-        space = mail.workspace((len(self._taken_in), size), dtype)
+        space = self._space((len(self._taken_in), size))
         mail.give_at_end(space)
         self.box = space.array
         self._arriving = [
@@ -72,6 +72,15 @@ class CopiedWeights:
                 packed[expert] = space.array
             mail.send(packed[expert], receiver, TAGS["A"], 0)
         self._passed_on = False
+
+    def _space(self, shape: tuple[int, int]) -> Workspace:
+        """Where the ranks of the node reach it: weights may be more than there is room for boxes."""
+        window, dtype = self.plan.group.grid.shared, self.plan.dtype
+        n_bytes = shape[0] * shape[1] * dtype.itemsize
+        extent = window.take_large(n_bytes) if window is not None and n_bytes else None
+        if window is None or extent is None:
+            return self.mail.private(shape, dtype)
+        return Workspace(window.array(extent, shape, dtype), extent=extent)
 
     def pass_on(self) -> None:
         """Wait for what this rank takes in for its node, and let the others have it; once."""

@@ -187,9 +187,10 @@ def expert_layer(
     -----
     Collective over all ranks of `comm`. While rows of tokens travel as messages, shared experts are computed, and then
     the rows that have come, where they are enough (`fivedp.ops.arriving_rows`). Ranks of a node that have few rows take
-    over products of one that has many (`fivedp.ops.work_sharing`); over several nodes hot experts are copied where that
-    pays (`fivedp.layout.hot_experts`), but for `tensor` and CuPy arrays. Products of those of CuPy arrays each rank computes itself, and
-    the host waits for the device once, for the routing's choice (again for that of shared experts with a router).
+    over products of one that has many (`fivedp.ops.work_sharing`). Over several nodes hot experts are copied where that
+    pays (`fivedp.layout.hot_experts`), unless they are cut along `tensor`. Of CuPy arrays each rank computes its own
+    rows itself, and the host waits for the device once, for the routing's choice (again for that of shared experts with
+    a router).
     """
     name, group, shared_routing, chosen = "expert_layer", group_of(comm), None, None
 
