@@ -45,10 +45,11 @@ for n_experts, top_k in ((8, 2), (64, 6), (128, 4), (128, 8), (60, 4)):
     if comm.rank == 0:
         print(f"{n_experts:7}{top_k:7}", *cells, f"  {same}", sep="   ")
 
-# Some experts are chosen far more often than others. On a link of 5 GB/s it pays to send their weights to the other
-# node, whose ranks then compute rows of their own tokens; on the slow one not. Rows cross once per node on both.
-F = 64
-os.environ["FIVEDP_LINK"] = "5"
+# Some experts are chosen far more often than others. On a link of 2 GB/s it pays to send their weights to the other
+# node, whose ranks then compute rows of their own tokens; on the slow one it does not.
+H, F = 96, 256
+x = rng.standard_normal((T, H), dtype=np.float32)
+os.environ["FIVEDP_LINK"] = "2"
 meshes = ways["once per node"], fivedp.Mesh(comm, ep=P)
 if comm.rank == 0:
     print("\nhot experts: rows of the busiest rank, KB between the nodes, forward and backward")

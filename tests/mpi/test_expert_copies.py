@@ -5,6 +5,7 @@ The nodes are the ranks of this machine with a node given for each. Products are
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import mpi_dispatch
 from fivedp import LayoutError
 from fivedp.comm.grid import grid_of
 from fivedp.comm.shared_window import SharedWindow
+from fivedp.layout import explain_experts
 from fivedp.layout.nodes import PER_NODE, PER_RANK, Network, cheapest
 from fivedp.ops import dispatch_plan
 from fivedp.ops.expert_copies import CopiedWeights
@@ -205,13 +207,18 @@ def test_bytes_are_those_of_the_plan_and_of_the_price(comm: MPI.Intracomm, seed:
         sent_more = [sum(n for n, at in zip(more, nodes, strict=True) if at == node) for node in sorted(set(nodes))]
         assert plan.hot.links[0].tolist() == sent_more
         assert plan.hot.links[0].sum() == plan.hot.links[1].sum()
-        assert plan.hot.cost == max(0, plan.hot.links.max()) / plan.hot.link
+        network = plan.hot.network
+        messages = 10 * network.hop * len([copy for copy in plan.hot.tried if copy.pays])
+        assert plan.hot.cost == pytest.approx(max(0, plan.hot.links.max()) / network.link + messages)
 
 
 def test_copies_are_made_where_they_are_said_to_pay(comm: MPI.Intracomm, seed: int, monkeypatch: Any) -> None:
     """The text and the layer agree, on links from slow to fast."""
     rng = np.random.default_rng(seed)
     nodes, answers = MAPS[comm.size][-1], set()
+    slow = partial(Network, flops=1e6)
+    monkeypatch.setattr(dispatch_plan, "Network", slow)
+    monkeypatch.setattr(explain_experts, "Network", slow)
     case = skewed(rng, np.float32, comm.size)
     assert case.experts is not None
     for link in np.geomspace(1e-6, 1e3, 10).tolist():

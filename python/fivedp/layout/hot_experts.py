@@ -10,11 +10,11 @@ owner makes all of it, half of the backward's operations; for the rows made else
 width F that enter the sum. The weights travel once more, for nothing of them is kept. A forward that is to have a
 backward is priced with it.
 
-Each copy is priced by its weights, and by what the backward sends for its rows. What it changes beside that, the counts
-by expert don't show: a row that is made at home need not cross, if its token has no other expert there, but it may cut
-one sum of the owner's into several, on every way home. So where copies pay, every rank counts what would cross of its
-own tokens, and with these numbers the busiest link is priced once more (`Verdict.with_crossing`): what is taken costs
-what is said, to the byte.
+Each copy is priced by its weights, by what the backward sends for its rows, and by its messages. What it changes beside
+that, the counts by expert don't show: a row that is made at home need not cross, if its token has no other expert
+there, but it may cut one sum of the owner's into several, on every way home. So where copies pay, every rank counts
+what would cross of its own tokens, and with these numbers the busiest link is priced once more
+(`Verdict.with_crossing`): what is taken sends what is said, to the byte.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from fivedp.layout.nodes import Counts, Network, Nodes
 
 # Below this imbalance of ranks their own noise is larger.
 _BALANCED = 1.1
+# Of one copy, in `Network.hop`: messages to a node and inside it, there and back, and the time in which it is chosen.
+_HOPS = 10
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Replica:
     at_home : tuple of (int, int)
         The helper's ranks that take any, and how many rows.
     saved, cost : float
-        Seconds: by which the owner is done earlier, and of what travels for it.
+        Seconds: by which the owner is done earlier, and of what travels for it, with its messages.
     """
 
     expert: int
@@ -126,19 +128,19 @@ class Verdict:
         Seconds by which the busiest rank is done earlier, of those that pay.
     links : (2, N) int64
         By how many bytes what every node sends, and what it receives, is changed.
-    link : float
-        Bytes a second of a node.
+    network : Network
     """
 
     tried: list[Replica]
     saved: float
     links: Counts
-    link: float
+    network: Network
 
     @property
     def cost(self) -> float:
-        """Seconds of the busiest link."""
-        return max(0, int(self.links.max(initial=0))) / self.link
+        """Seconds of the busiest link, and of messages."""
+        n_copies = sum(replica.pays for replica in self.tried)
+        return max(0, int(self.links.max(initial=0))) / self.network.link + n_copies * _HOPS * self.network.hop
 
     @property
     def taken(self) -> list[Replica]:
@@ -170,7 +172,10 @@ def may_pay(counts: Counts, cut: ExpertCut, sizes: ExpertSizes, network: Network
     loads = rank_loads(counts, cut)
     most, least = float(loads.max(initial=0.0)), float(loads.min(initial=0.0))
     uneven = most > _BALANCED * float(loads.mean())
-    return uneven and (most - least) * sizes.operations / network.flops > sizes.weights / network.link
+    return (
+        uneven
+        and (most - least) * sizes.operations / network.flops > sizes.weights / network.link + _HOPS * network.hop
+    )
 
 
 def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, network: Network) -> Verdict:
@@ -210,7 +215,9 @@ def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, ne
         out, back = (2 * sizes.weights, int(n.sum()) * sizes.kept) if sizes.backward else (sizes.weights, 0)
         at_home = tuple((rank, k) for rank, k in zip(members, n.tolist(), strict=True) if k)
         saved = share * int(n.sum()) * per_row
-        tried.append(Replica(expert, busy, int(node), at_home, saved, (out + back) / network.link))
+        tried.append(
+            Replica(expert, busy, int(node), at_home, saved, (out + back) / network.link + _HOPS * network.hop)
+        )
         if not tried[-1].pays:
             break
         left[members, expert] = 0
@@ -219,7 +226,7 @@ def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, ne
         for sender, receiver, size in ((node_of[busy], node, out), (node, node_of[busy], back)):
             links[0, sender] += size
             links[1, receiver] += size
-    return Verdict(tried, float(before - loads.max(initial=0.0)) * per_row, links, network.link)
+    return Verdict(tried, float(before - loads.max(initial=0.0)) * per_row, links, network)
 
 
 def _level(busy: float, others: Sequence[float], most: Sequence[float]) -> float:
