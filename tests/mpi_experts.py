@@ -26,9 +26,11 @@ from mpi4py import MPI
 
 import fivedp
 from fivedp.comm import shared_window
-from fivedp.comm.grid import grid_of
+from fivedp.comm.grid import Group, grid_of
 from fivedp.layout import dispatch as layout_of_dispatch
-from fivedp.ops import arriving_rows
+from fivedp.layout import hot_experts
+from fivedp.layout.nodes import Network
+from fivedp.ops import arriving_rows, dispatch_plan
 from fivedp.ops.dispatch_plan import DispatchPlan
 from fivedp.ops.expert_layer import ExpertGradients, ExpertLayerState
 from fivedp.ops.routing import Routing
@@ -101,6 +103,18 @@ def on_nodes(comm: MPI.Intracomm, nodes: Sequence[int], link: str = "1e-9") -> M
         apart = comm.Dup()
         grid_of(apart)  # reads the setting
     return apart
+
+
+@contextmanager
+def copies_pay(wanted: bool = True) -> Iterator[None]:
+    """Products are so slow that whatever relieves the busiest rank pays, at any price of the link; or so fast that
+    nothing does."""
+
+    def network_of(group: Group) -> Network:
+        return Network(link=group.grid.link, flops=1e-9 * group.grid.link if wanted else 1e30)
+
+    with mock.patch.object(dispatch_plan, "network_of", network_of), mock.patch.object(hot_experts, "_BALANCED", 1.0):
+        yield
 
 
 def assert_at_the_bound(plan: DispatchPlan) -> None:

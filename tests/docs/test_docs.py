@@ -69,7 +69,8 @@ def test_example_runs(example: Path, n_ranks: int) -> None:
         assert done.stdout.strip() in (ROOT / "README.md").read_text()
     if example.stem == "expert_nodes" and n_ranks == 4:
         done = run_mpi(8, example, timeout=90)
-        assert done.stdout.strip() in (ROOT / "docs/expert_parallelism.md").read_text()
+        chapter = (ROOT / "docs/expert_parallelism.md").read_text()
+        assert all(part.strip() in chapter for part in done.stdout.split("\n\n"))
     if example.stem in ("expert_layer", "shared_experts"):
         assert "False" not in done.stdout
     if example.parent.name == "labs":

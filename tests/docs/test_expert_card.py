@@ -18,7 +18,7 @@ import fivedp
 from fivedp.kernels._select import sum_type
 from fivedp.layout.dispatch import Incoming, Outgoing, owners_to_help
 from fivedp.layout.experts import cut_experts, subtrees, uniform_subtrees
-from fivedp.layout.hot_experts import replicas
+from fivedp.layout.hot_experts import ExpertSizes, verdict
 from fivedp.layout.nodes import PER_NODE, Network, Nodes, cheapest, row_ways
 from fivedp.layout.relay import Relay
 from fivedp.layout.shares import share
@@ -224,17 +224,21 @@ def test_price_of_the_ways_between_nodes(seed: int) -> None:
 
 def test_price_of_a_copy_of_a_hot_expert(seed: int) -> None:
     rng, nodes = np.random.default_rng(seed), Nodes((0, 0, 1, 1, 1))
-    (forward,) = re.findall(r"pay forward where `(.*?)`", CARD)
-    (backward,) = re.findall(r"and backward where\n`(.*?)`", CARD)
+    (forward,) = re.findall(r"pays for itself forward where `(.*?)`", CARD)
+    (backward,) = re.findall(r"backward as well, where `(.*?)`", CARD)
+    copied = "copy of an expert, to the gateway of a node, and to a rank of one's own node that uses it"
     answers = set()
     for _ in range(100):
-        H, F, e, link = 256, 512, int(rng.choice([2, 4])), 10 ** rng.uniform(6, 10)
-        loads = rng.integers(0, 10 ** int(rng.integers(2, 6)), 10).tolist()
+        H, F, e, w, link = 256, 512, int(rng.choice([2, 4])), 2, 10 ** rng.uniform(6, 10)
+        counts = rng.integers(0, 10 ** int(rng.integers(2, 6)), (5, 10))
         for rule, back in ((forward, False), (backward, True)):
-            for copy in replicas(loads, cut_experts(10, 5), nodes, H, F, e, Network(link=link), backward=back):
-                symbols = {"n": copy.rows, "H": H, "F": F, "e": e, "link": link, "flops": 100e9}
-                symbols["G"] = len(nodes.members[copy.owner])
-                assert bool(value(rule, symbols)) == copy.pays
+            sizes = ExpertSizes(H, F, int(rng.integers(2, 4)), e, there=w, back=4, backward=back)
+            symbols: Symbols = {"M": sizes.matrices, "H": H, "F": F, "e": e, "w": w, "link": link, "flops": 100e9}
+            symbols["hop"] = 30e-6
+            assert sizes.weights == value(cells(copied)[0], symbols)
+            assert 7 * sizes.kept == value(cells("rows made here, to their owner, backward")[0], symbols | {"n": 7})
+            for copy in verdict(counts, cut_experts(10, 5), nodes, sizes, Network(link=link)).tried:
+                assert bool(value(rule, symbols | {"n": copy.rows})) == copy.pays
                 answers.add((back, copy.pays))
     assert len(answers) == 4
 

@@ -13,7 +13,7 @@ import fivedp
 from fivedp import LayoutError, ShapeError
 from fivedp.layout.experts import cut_experts
 from fivedp.layout.explain_experts import crossing_counts
-from fivedp.layout.hot_experts import replicas
+from fivedp.layout.hot_experts import ExpertSizes, Verdict, may_pay, verdict
 from fivedp.layout.nodes import Network, Nodes
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -47,44 +47,103 @@ def test_rows_are_counted_once_for_every_pair_rank_and_node(labels: list[int], s
         assert a.tolist() == b.tolist()
 
 
+def hot_counts(rng: np.random.Generator, ranks: int, n_experts: int) -> Any:
+    """(P, E): pairs of every rank with every expert, some experts far more often chosen than others."""
+    share = rng.random(n_experts) ** 6 * 10 ** rng.integers(1, 6)
+    return (share * rng.random((ranks, n_experts)) / ranks).astype(np.int64)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @given(labels=LABELS, seed=SEEDS)
 def test_copies_of_hot_experts_save_what_they_say(backward: bool, labels: list[int], seed: int) -> None:
-    rng, nodes = np.random.default_rng(seed), Nodes.named(labels)
+    rng, nodes, P = np.random.default_rng(seed), Nodes.named(labels), len(labels)
     n_experts = int(rng.integers(1, 30))
-    cut = cut_experts(n_experts, len(labels))
-    loads = (rng.random(n_experts) ** 6 * 10 ** rng.integers(1, 6)).astype(int).tolist()
-    H, F, e, network = 64, 96, 4, Network(link=10 ** rng.uniform(6, 11), flops=1e9)
-    each = 2 * H * F * np.array([1.0, 2.0])  # of a row: what the owner keeps of its work, and what can go elsewhere
-    seconds = np.zeros((nodes.count, 2))
-    for expert, load in enumerate(loads):
-        seconds[nodes.of[cut.owner[expert]]] += load * 1e-9 * 3 * each / [1, 2]
-    if not backward:
-        seconds[:, 0] = 0
-    seconds /= np.array([[len(members)] for members in nodes.members])
-    total = seconds.sum(axis=1)
-    found = replicas(loads, cut, nodes, H, F, e, network, backward=backward)
-    assert len({replica.expert for replica in found}) == len(found)
-    for replica in found:
-        assert nodes.of[cut.owner[replica.expert]] == replica.owner != replica.helper
-        assert total[replica.owner] == pytest.approx(total.max())
-        assert 0 <= replica.rows <= loads[replica.expert]
-        after = total.copy()
-        for node, sign in ((replica.owner, -1), (replica.helper, 1)):
-            after[node] += sign * replica.rows * 6 * H * F * 1e-9 / len(nodes.members[node])
-        assert replica.saved == pytest.approx(total[replica.owner] - after[replica.owner], abs=1e-12)
-        there_and_back = replica.rows * (2 * H + 3 * F) if backward else 0
-        assert replica.cost == pytest.approx((3 * H * F + there_and_back) * e / network.link)
-        assert replica.pays == (replica.saved > replica.cost)
-        assert replica.pays or replica is found[-1]
-        assert after[replica.helper] <= after[replica.owner] + 1e-12, "the helper became the busier one"
-        total = after
-    if found and not found[-1].pays:
+    cut, counts = cut_experts(n_experts, P), hot_counts(rng, P, n_experts)
+    H, F, matrices = 64, 96, int(rng.integers(2, 4))
+    network = Network(link=10 ** rng.uniform(6, 11), flops=1e9)
+    sizes = ExpertSizes(H, F, matrices, itemsize=4, there=2, back=4, backward=backward)
+    # Seconds of a row: what its owner must do, and what may be done elsewhere.
+    stays, moves = (2 * k * matrices * H * F / 1e9 for k in ((1, 2) if backward else (0, 1)))
+    seconds = np.zeros(P)
+    for expert, load in enumerate(counts.sum(axis=0).tolist()):
+        seconds[cut.owner[expert]] += load * (stays + moves)
+    before, links = seconds.max(), np.zeros((2, nodes.count))
+    found = verdict(counts, cut, nodes, sizes, network)
+    assert len({(copy.expert, copy.helper) for copy in found.tried}) == len(found.tried)
+    for copy in found.tried:
+        assert cut.owner[copy.expert] == copy.owner
+        assert nodes.of[copy.owner] != copy.helper
+        assert seconds[copy.owner] == pytest.approx(seconds.max())
+        assert copy.rows == sum(n for _, n in copy.at_home)
+        weights, kept = matrices * H * F * 4, copy.rows * (2 * H * 2 + matrices * F * 4)
+        there, back = (2 * weights, kept) if backward else (weights, 0)
+        assert copy.saved == pytest.approx(copy.rows * moves, abs=1e-12)
+        assert copy.cost == pytest.approx((there + back) / network.link + 10 * network.hop)
+        assert copy.pays or copy is found.tried[-1]
+        if not copy.pays:
+            continue
+        seconds[copy.owner] -= copy.rows * moves
+        for rank, n in copy.at_home:
+            assert nodes.of[rank] == copy.helper
+            assert 0 < n <= counts[rank, copy.expert]
+            seconds[rank] += n * moves
+            assert seconds[rank] <= seconds[copy.owner] + 1e-9 * before, "the helper became the busier one"
+        for sender, receiver, size in (
+            (nodes.of[copy.owner], copy.helper, there),
+            (copy.helper, nodes.of[copy.owner], back),
+        ):
+            links[0, sender] += size
+            links[1, receiver] += size
+    assert found.links.tolist() == links.tolist()
+    assert found.saved == pytest.approx(before - seconds.max(), abs=1e-9 * before)
+    pay = [copy for copy in found.tried if copy.pays]
+    assert found.cost == pytest.approx(links.max() / network.link + 10 * len(pay) * network.hop)
+    assert found.taken == (pay if found.saved > found.cost else [])
+    # The look before says no only where nothing would be taken.
+    assert may_pay(counts, cut, sizes, network) or not pay
+    if found.tried and not found.tried[-1].pays:
         return
-    owners = np.array(nodes.of)[cut.owner]
-    busiest = {int(owners[e]) for e in range(n_experts) if loads[e] and e not in {r.expert for r in found}}
-    highest = {node for node in range(nodes.count) if total[node] >= total.max() * (1 - 1e-9)}
-    assert total.max() <= 1.1 * total.mean() + 1e-12 or not highest <= busiest
+    # All are even, or no rank of another node may take a whole row from the busiest (from one of them, in a tie).
+    if seconds.max() <= 1.1 * seconds.mean() * (1 + 1e-9):
+        return
+    gone = {(copy.expert, copy.helper) for copy in pay}
+
+    def takes(busy: int, expert: int, node: int) -> float:
+        members = nodes.members[node]
+        room = [(seconds[busy] - seconds[rank]) / (2 * moves) for rank in members]
+        return float(np.minimum(room, counts[members, expert]).clip(min=0).sum())
+
+    left = [
+        max(
+            (takes(busy, expert, node) for expert in range(*cut.of(busy)) for node in range(nodes.count)
+             if node != nodes.of[busy] and (expert, node) not in gone),
+            default=0.0,
+        )
+        for busy in np.flatnonzero(seconds >= seconds.max() * (1 - 1e-9)).tolist()
+    ]  # fmt: skip
+    assert min(left) < 1 + 1e-6
+
+
+@given(labels=LABELS, seed=SEEDS)
+def test_what_crosses_is_priced_on_the_busiest_link(labels: list[int], seed: int) -> None:
+    rng, nodes, P = np.random.default_rng(seed), Nodes.named(labels), len(labels)
+    for backward in (False, True):
+        sizes = ExpertSizes(5, 7, 3, itemsize=4, there=2, back=8, backward=backward)
+        rows, sums = (rng.integers(-50, 50, (P, nodes.count)) for _ in range(2))
+        links = rng.integers(0, 9000, (2, nodes.count))
+        right = links.copy()
+        for rank, node in enumerate(nodes.of):
+            for other in range(nodes.count):
+                n, m = (int(a[rank, other]) for a in (rows, sums))
+                # Rows of x, in the backward of x and dy as well; sums of y, in the backward of dx as well.
+                there, back = n * 5 * 2 * (1 + 2 * backward), m * 5 * 8 * (1 + backward)
+                right[0, node] += there
+                right[1, other] += there
+                right[0, other] += back
+                right[1, node] += back
+        found = Verdict([], 1.0, links, Network(link=1e3)).with_crossing(nodes, sizes, rows, sums)
+        assert found.links.tolist() == right.tolist()
+        assert found.cost == max(0, right.max()) / 1e3
 
 
 def test_text_has_the_way_that_a_layer_takes() -> None:
@@ -100,9 +159,14 @@ def test_text_has_the_way_that_a_layer_takes() -> None:
     assert taken() == ""
     hot = fivedp.routing_workload("one_expert", 4096, 8, 1, seed=1).experts
     text = fivedp.explain_experts(hot, 8, 4, width=1024, hidden=2048, nodes=2)
-    assert "from node 0 to 1: pays" in text
+    assert "from rank 0 to node 1: pays" in text
+    assert "with the rows and sums that cross: made" in text
     slow = fivedp.explain_experts(hot, 8, 4, width=1024, hidden=2048, nodes=2, link=0.001)
-    assert "from node 0 to 1: does not pay" in slow
+    assert "from rank 0 to node 1: does not pay" in slow
+    assert "made" not in slow
+    assert "copy" not in fivedp.explain_experts(hot, 8, 4, width=1024, hidden=2048)
+    even = np.tile(np.arange(8, dtype=np.int32).reshape(4, 2), (100, 1))
+    assert "forward: the ranks are even" in fivedp.explain_experts(even, 8, 4, width=8, hidden=8, nodes=2)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fivedp.layout.copies import Copies
 from fivedp.layout.experts import ExpertCut
 from fivedp.layout.nodes import Nodes, seen_from
+from fivedp.layout.order import begins, stable_order, starts
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int32]
@@ -54,28 +56,6 @@ class SumTable:
     experts: Indices
 
 
-def stable_order(keys: Array) -> npt.NDArray[np.int64]:
-    """The permutation that sorts small numbers and keeps equal ones in their order."""
-    small = keys.max(initial=0) < 1 << 16
-    order: npt.NDArray[np.int64] = np.argsort(keys.astype(np.uint16) if small else keys, kind="stable")
-    return order
-
-
-def begins(*columns: Array) -> npt.NDArray[np.bool_]:
-    """Where any of the columns differs from the element before; the first is True."""
-    changes = np.ones(len(columns[0]), np.bool_)
-    if len(columns[0]):
-        changes[1:] = columns[0][1:] != columns[0][:-1]
-        for column in columns[1:]:
-            changes[1:] |= column[1:] != column[:-1]
-    return changes
-
-
-def starts(first: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The borders of runs, from whether each element is the first of its run."""
-    return np.append(np.flatnonzero(first), len(first)).astype(np.int64)
-
-
 def _split(keys: Array, n: int) -> list[npt.NDArray[np.int64]]:
     """The places of each of n keys, rising."""
     return np.split(stable_order(keys), np.cumsum(np.bincount(keys, minlength=n))[:-1])
@@ -99,7 +79,9 @@ class Outgoing:
     slots : (n,) int32
         The slot of each pair in its row of `experts`.
     of_owner : list of int arrays
-        For each owner, the numbers of its pairs.
+        For each rank, the numbers of the pairs that it computes: those of its experts, and what a copy makes at home.
+    n_told : list of int
+        For each owner, how many pairs it is told: all that are of its experts.
     rows : list of int32 arrays
         For each rank, the tokens that go there, rising: to their owners, or to the gateway of the owner's node.
     n_returns : list of int
@@ -118,7 +100,10 @@ class Outgoing:
         self.pairs["weight"] = weights[token, self.slots]
         owner = cut.owner[expert]
         self.of_owner = _split(owner, cut.n_ranks)
+        self.n_told = [len(numbers) for numbers in self.of_owner]
         self._beyond = np.zeros(cut.n_ranks, np.bool_)
+        self._copies: Copies | None = None
+        self._moved = np.zeros(len(token), np.bool_)
         self._lead(owner, cut.subtree[expert])
 
     def through_gateways(self, nodes: Nodes) -> Outgoing:
@@ -130,9 +115,23 @@ class Outgoing:
         other._lead(receiver[expert], part[expert])
         return other
 
+    def with_copies(self, copies: Copies) -> Outgoing:
+        """The same pairs where some are computed by this rank, from copies of their experts; no others are told."""
+        other = copy.copy(self)
+        other._copies = copies
+        other._moved = copies.moved(self.rank, self.pairs["expert"])
+        other.of_owner = _split(other.computed_by, self.cut.n_ranks)
+        other._lead(np.where(other._moved, self.rank, self._receiver), self._part)
+        return other
+
+    @property
+    def computed_by(self) -> Array:
+        """(n,): the rank that makes each pair's row."""
+        return np.where(self._moved, self.rank, self.cut.owner[self.pairs["expert"]])
+
     def _lead(self, receiver: Array, part: Array) -> None:
         """Send the rows of each pair to a receiver, and await one row from it for every part that a token has there."""
-        self._receiver = receiver
+        self._receiver, self._part = receiver, part
         self.rows: list[Indices] = []
         self.n_returns: list[int] = []
         # Counted for every receiver alone: the number of each pair's row, and of the row that comes back for it.
@@ -143,10 +142,21 @@ class Outgoing:
             first = begins(tokens)
             self.rows.append(tokens[first])
             self._row[numbers] = np.cumsum(first) - 1
-            first = begins(tokens, part[numbers])
+            first = self._sum_begins(numbers)
             self._begins[numbers] = first
             self._returned[numbers] = np.cumsum(first) - 1
             self.n_returns.append(int(np.count_nonzero(first)))
+
+    def _sum_begins(self, numbers: Array) -> npt.NDArray[np.bool_]:
+        """Which of the pairs that one receiver has are the first of a row that comes back."""
+        tokens = self.pairs["token"]
+        if self._copies is None or not self._moved.any() or self._moved[numbers].any():
+            return begins(tokens[numbers], self._part[numbers])  # what a rank has itself does not come back
+        beside = self._moved.copy()
+        beside[numbers] = True
+        all_of = np.flatnonzero(beside)
+        expert = self.pairs["expert"][all_of]
+        return self._copies.sum_begins(tokens[all_of], expert, self._part[all_of], self._moved[all_of])
 
     def pairs_for(self, owner: int) -> Array:
         """What an owner is told. One on another node can't see the token: it is told the row's number on the way."""
@@ -181,22 +191,48 @@ class Outgoing:
         return SumTable(starts, source, index, weights, np.ascontiguousarray(self.pairs["expert"][entries]))
 
 
+@dataclass(frozen=True)
+class WholeOrder:
+    """All rows of an owner's experts in their order, some of which another rank has made.
+
+    Attributes
+    ----------
+    offsets : (experts of this rank + 1,) int64
+    source, index : (rows,) int32
+        Row `index` of those that the owner has made, array 0, or of what rank s has made for it, array 1 + s, by expert
+        and token.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    source: Indices
+    index: Indices
+
+
 class Incoming:
     """The pairs of one owner's experts, from the tokens of all ranks.
 
     Parameters
     ----------
     pairs : sequence of arrays of `pair_type`
-        From each rank, by token and expert.
+        From each rank, by token and expert; of this rank's own tokens those that it computes.
     cut : ExpertCut
     rank : int
         The owner.
+    copies : Copies, optional
 
     Attributes
     ----------
+    told : list of arrays of `pair_type`
+        The pairs from each rank.
+    pairs : list of arrays of `pair_type`
+        Those of them that this rank computes.
     counts : (experts of this rank,) int64
     offsets : (experts of this rank + 1,) int64
         Borders of the experts among the rows.
+    n_own : int
+        How many rows are of this rank's experts. Behind them are those of copies, all of this rank's tokens.
+    copy_offsets : (copies used + 1,) int64
+        Borders of the experts among these.
     source, token, row : (R,) int32
         Of every row: the rank it came from, the token's row there, and its number among the rows which that rank sends.
     weights : (R,)
@@ -206,18 +242,30 @@ class Incoming:
         How many rows each rank sends.
     """
 
-    def __init__(self, pairs: Sequence[Array], cut: ExpertCut, rank: int) -> None:
-        self.cut, self.rank, self.pairs = cut, rank, list(pairs)
+    def __init__(self, pairs: Sequence[Array], cut: ExpertCut, rank: int, copies: Copies | None = None) -> None:
+        self.cut, self.rank, self.copies, self.told = cut, rank, copies, list(pairs)
         begin, end = cut.of(rank)
-        lengths = [len(p) for p in pairs]
+        used: list[int] = []
+        self._moved = [np.zeros(len(p), np.bool_) for p in pairs]
+        if copies is not None:
+            used = copies.used_by(rank)
+            for source in set(range(len(pairs))) - {rank}:
+                self._moved[source] = copies.moved(source, pairs[source]["expert"])
+        self.pairs = [p[~moved] if moved.any() else p for p, moved in zip(pairs, self._moved, strict=True)]
+        lengths = [len(p) for p in self.pairs]
         joined = np.concatenate(self.pairs)
-        rows = [np.cumsum(begins(p["token"])) - 1 for p in pairs]
+        rows = [np.cumsum(begins(p["token"])) - 1 for p in self.pairs]
         self.n_rows = [int(r[-1]) + 1 if len(r) else 0 for r in rows]
         local = joined["expert"] - begin
+        if used:  # rows of copies stand behind all others
+            places = np.concatenate([np.arange(begin, end), used])
+            local = np.argsort(places)[np.searchsorted(np.sort(places), joined["expert"])]
         order = stable_order(local)
-        self.counts = np.bincount(local, minlength=end - begin).astype(np.int64)
-        self.offsets = np.zeros(end - begin + 1, np.int64)
-        np.cumsum(self.counts, out=self.offsets[1:])
+        counts = np.bincount(local, minlength=end - begin + len(used)).astype(np.int64)
+        borders = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=borders[1:])
+        self.counts, self.offsets = counts[: end - begin], borders[: end - begin + 1]
+        self.n_own, self.copy_offsets = int(self.offsets[-1]), borders[end - begin :] - self.offsets[-1]
         self.source = np.repeat(np.arange(len(pairs), dtype=np.int32), lengths)[order]
         self.token = joined["token"][order]
         self.row = np.concatenate(rows).astype(np.int32)[order]
@@ -229,13 +277,42 @@ class Incoming:
     @cached_property
     def n_sums(self) -> list[int]:
         """How many rows go back to each rank."""
-        return [int(np.count_nonzero(begins(p["token"], self.cut.subtree[p["expert"]]))) for p in self.pairs]
+        return [int(np.count_nonzero(self._sum_begins(source))) for source in range(len(self.pairs))]
+
+    def _sum_begins(self, source: int) -> npt.NDArray[np.bool_]:
+        """Which of the pairs from a rank are the first of a row that goes back."""
+        pairs, moved = self.told[source], self._moved[source]
+        part = self.cut.subtree[pairs["expert"]]
+        if self.copies is None or not moved.any():
+            return begins(pairs["token"], part)
+        return self.copies.sum_begins(pairs["token"], pairs["expert"], part, moved)
+
+    def in_order(self) -> WholeOrder:
+        """All rows of this rank's experts, those made elsewhere among them, by expert, source rank and token."""
+        begin, end = self.cut.of(self.rank)
+        own = [(begin <= p["expert"]) & (p["expert"] < end) for p in self.told]
+        expert = np.concatenate([p["expert"][mine] for p, mine in zip(self.told, own, strict=True)]) - begin
+        moved = np.concatenate([m[mine] for m, mine in zip(self._moved, own, strict=True)])
+        source, index = np.zeros(len(expert), np.int32), np.empty(len(expert), np.int32)
+        index[~moved] = np.concatenate(
+            [places[mine] if len(places) == len(mine) else places
+             for places, mine in zip(self.positions, own, strict=True)]
+        )  # fmt: skip
+        for rank, (pairs, there) in enumerate(zip(self.told, self._moved, strict=True)):
+            if there.any():
+                kept = np.empty(np.count_nonzero(there), np.int32)
+                kept[stable_order(pairs["expert"][there])] = np.arange(len(kept))
+                at = np.flatnonzero(moved & (np.repeat(np.arange(len(own)), [m.sum() for m in own]) == rank))
+                source[at], index[at] = 1 + rank, kept
+        order = stable_order(expert)
+        borders = np.zeros(end - begin + 1, np.int64)
+        np.cumsum(np.bincount(expert, minlength=end - begin), out=borders[1:])
+        return WholeOrder(borders, source[order], index[order])
 
     def sums(self, sources: Sequence[int], weighted: bool = True) -> SumTable:
         """The rows that go back to ranks, one rank's after another's, as sums of this owner's rows (array 0)."""
         pairs = np.concatenate([self.pairs[source] for source in sources])
-        of_rank = np.repeat(np.arange(len(sources)), [len(self.pairs[source]) for source in sources])
-        first = begins(of_rank, pairs["token"], self.cut.subtree[pairs["expert"]])
+        first = np.concatenate([self._sum_begins(source) for source in sources])
         weights = np.ascontiguousarray(pairs["weight"]) if weighted else np.ones(len(pairs), pairs["weight"].dtype)
         return SumTable(
             starts(first),

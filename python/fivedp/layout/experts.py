@@ -50,6 +50,25 @@ def subtrees(n_experts: int, experts: Range) -> list[Range]:
     return [(begin, end) for begin, end in uniform_subtrees(inside) if inside[begin]]
 
 
+@lru_cache(maxsize=64)
+def tree_paths(n_experts: int) -> npt.NDArray[np.int64]:
+    """(E,): the way from the root to every expert, a bit for each step, the first one highest; 1 is the second half.
+
+    The higher the highest bit in which two differ, the higher the smallest subtree that has both.
+    """
+    found = np.zeros(n_experts, np.int64)
+    highest = max(0, n_experts - 1).bit_length() - 1
+    open_nodes = [(0, n_experts, highest)]
+    while open_nodes:
+        begin, end, bit = open_nodes.pop()
+        if end - begin > 1:
+            half = middle(begin, end)
+            found[half:end] |= 1 << bit
+            open_nodes += [(begin, half, bit - 1), (half, end, bit - 1)]
+    found.flags.writeable = False
+    return found
+
+
 @dataclass(frozen=True)
 class ExpertCut:
     """Experts over ranks, as tables by expert; shared by all calls, so not to be written to.

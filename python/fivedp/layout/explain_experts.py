@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (np.dtype knows "bfloat16" by it)
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fivedp.errors import LayoutError, ShapeError
+from fivedp.layout.copies import Copies, crossing_change
+from fivedp.layout.dispatch import Outgoing
 from fivedp.layout.experts import ExpertCut, cut_experts
-from fivedp.layout.hot_experts import Replica, node_seconds, replicas
-from fivedp.layout.nodes import Counts, Network, Nodes, RowWay, cheapest, row_ways
+from fivedp.layout.hot_experts import ExpertSizes, Replica, Verdict, verdict
+from fivedp.layout.nodes import PER_NODE, Counts, Network, Nodes, RowWay, cheapest, row_ways
 from fivedp.layout.shares import border
 
 # Copies of each direction that have a line of their own.
@@ -88,8 +91,8 @@ def explain_experts(
     Returns
     -------
     text : str
-        The way that a layer takes is marked. Copies of hot experts are priced only: no call makes them. Prices of
-        products suppose that ranks of a node share them.
+        The way that a layer takes is marked, and whether it makes copies: forward alone, or with `keep`, for a backward
+        as well. Of gated experts.
 
     Raises
     ------
@@ -116,34 +119,73 @@ def explain_experts(
         f"  {'rows between nodes':<20}{'rows':>12}{'MB':>12}{'ms':>12}   there and back",
         *(_way_line(way, way is cheapest(ways) and on.count > 1) for way in (naive, *ways)),
     ]
-    loads = np.bincount(table[table >= 0], minlength=n_experts).tolist()
-    rows = np.bincount(np.array(on.of)[cut.owner], weights=loads, minlength=on.count).astype(int).tolist()
-    seconds = node_seconds(rows, on, 6 * width * hidden, network)
+    outgoing = _outgoing(table, cut, np.dtype(sums))
+    if cheapest(ways).name == PER_NODE:
+        outgoing = [one.through_gateways(on) for one in outgoing]
+    counts = np.array([np.bincount(one.pairs["expert"], minlength=n_experts) for one in outgoing])
+    loads = np.bincount(cut.owner, weights=counts.sum(axis=0), minlength=count).astype(int)
     lines.append(f"  {'products':<20}{'rows':>12}{'':>12}{'ms':>12}   forward")
-    for node, (n, s) in enumerate(zip(rows, seconds, strict=True)):
-        lines.append(f"  {f'node {node}':<20}{n:>12}{'':>12}{1e3 * s:>12.3f}")
-    lines.append(f"  {'a copy elsewhere':<20}{'rows':>12}{'saved ms':>12}{'costs ms':>12}   of an expert")
-    for name, backward in (("forward", False), ("backward", True)):
-        found = replicas(loads, cut, on, width, hidden, kind.itemsize, network, backward=backward)
-        lines += [_replica_line(f"{name}, {replica.expert}", replica) for replica in found[:_SHOWN]]
-        if rest := found[_SHOWN:]:
-            pay = [replica for replica in rest if replica.pays]
-            n, saved, cost = (sum(getattr(r, field) for r in pay) for field in ("rows", "saved", "cost"))
-            more = f"{name}, {len(pay)} more"
-            lines.append(f"  {more:<20}{n:>12}{1e3 * saved:>12.3f}{1e3 * cost:>12.3f}   that pay")
-        if not found:
-            lines.append(f"  {name}: the nodes are even")
+    for node, members in enumerate(on.members):
+        rank = max(members, key=lambda rank: loads[rank])
+        seconds = loads[rank] * 6 * width * hidden / network.flops
+        lines.append(
+            f"  {f'node {node}':<20}{loads[rank]:>12}{'':>12}{1e3 * seconds:>12.3f}   rank {rank}, its busiest"
+        )
+    if on.count > 1:
+        lines.append(f"  {'a copy elsewhere':<20}{'rows':>12}{'saved ms':>12}{'costs ms':>12}   of an expert")
+        for name, backward in (("forward", False), ("with backward", True)):
+            sizes = ExpertSizes(width, hidden, 3, kind.itemsize, there, back, backward)
+            lines += _copy_lines(name, copies_priced(outgoing, counts, on, sizes, network))
     return "\n".join(lines)
+
+
+def _outgoing(table: npt.NDArray[np.integer[Any]], cut: ExpertCut, sums: np.dtype[Any]) -> list[Outgoing]:
+    """The pairs of every rank."""
+    borders = [border(len(table), cut.n_ranks, rank) for rank in range(cut.n_ranks + 1)]
+    parts = [table[begin:end].astype(np.int32) for begin, end in pairwise(borders)]
+    return [Outgoing(part, np.zeros(part.shape, sums), cut, rank) for rank, part in enumerate(parts)]
+
+
+def copies_priced(
+    outgoing: Sequence[Outgoing], counts: Counts, nodes: Nodes, sizes: ExpertSizes, network: Network
+) -> Verdict:
+    """What all ranks of a layer come to: the copies that pay, with all that crosses for them."""
+    cut = outgoing[0].cut
+    found = verdict(counts, cut, nodes, sizes, network)
+    if not found.taken:
+        return found
+    copies = Copies(cut, nodes, sizes, found.taken)
+    changes = np.array([crossing_change(one, one.with_copies(copies), nodes) for one in outgoing])
+    return found.with_crossing(nodes, sizes, changes[:, 0], changes[:, 1])
 
 
 def _way_line(way: RowWay, taken: bool) -> str:
     return f"  {way.name:<20}{way.rows:>12}{way.n_bytes / 1e6:>12.3f}{1e3 * way.seconds:>12.3f}{'   taken' * taken}"
 
 
+def _copy_lines(name: str, found: Verdict) -> list[str]:
+    """Copies one by one, then what those that pay bring together."""
+    if not found.tried:
+        return [f"  {name}: the ranks are even, or no other node has tokens for the busiest"]
+    lines = [_replica_line(f"{name}, {replica.expert}", replica) for replica in found.tried[:_SHOWN]]
+    pay = [replica for replica in found.tried if replica.pays]
+    if rest := found.tried[_SHOWN:]:
+        more = [replica for replica in rest if replica.pays]
+        n, saved, cost = (sum(getattr(r, field) for r in more) for field in ("rows", "saved", "cost"))
+        lines.append(f"  {f'{name}, {len(more)} more':<20}{n:>12}{1e3 * saved:>12.3f}{1e3 * cost:>12.3f}   that pay")
+    if pay:
+        n, verdict = sum(replica.rows for replica in pay), "made" if found.taken else "not made"
+        lines.append(
+            f"  {f'{name}, all':<20}{n:>12}{1e3 * found.saved:>12.3f}{1e3 * found.cost:>12.3f}"
+            f"   with the rows and sums that cross: {verdict}"
+        )
+    return lines
+
+
 def _replica_line(name: str, replica: Replica) -> str:
     return (
         f"  {name:<20}{replica.rows:>12}{1e3 * replica.saved:>12.3f}{1e3 * replica.cost:>12.3f}"
-        f"   from node {replica.owner} to {replica.helper}: {'pays' if replica.pays else 'does not pay'}"
+        f"   from rank {replica.owner} to node {replica.helper}: {'pays' if replica.pays else 'does not pay'}"
     )
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fivedp.layout.dispatch import Incoming, Indices, SumTable, begins, stable_order, starts
+from fivedp.layout.dispatch import Incoming, Indices, SumTable
 from fivedp.layout.nodes import Counts, Nodes, node_parts
+from fivedp.layout.order import begins, stable_order, starts
 
 Array = npt.NDArray[Any]
 # What an owner tells a gateway of a pair: the row in the gateway's box, and the expert.
@@ -65,14 +66,16 @@ class Relay:
             self._in_needed[ranks] = needed[gateway][:-1]
         self.passes_on: dict[int, Indices] = {}
         """As a gateway: the rows of the box that each of the others needs, rising."""
+        self.arriving: list[Indices] | None = None
+        """As a gateway: the rows of the box that come from each of the ranks served; None where all of them do."""
 
     # -- as an owner -----------------------------------------------------------------------------------------------
 
     def needs(self, gateway: int) -> Array:
-        """What this rank tells a gateway, of `NEED`, one for every pair, by row and expert."""
+        """What this rank tells a gateway, of `NEED`, one for every pair that it was told, by row and expert."""
         parts = []
         for rank in self.served[gateway]:
-            pairs = self.incoming.pairs[rank]
+            pairs = self.incoming.told[rank]
             part = np.empty(len(pairs), NEED)
             part["row"], part["expert"] = pairs["token"] + self._in_box[rank], pairs["expert"]
             parts.append(part)
@@ -82,20 +85,24 @@ class Relay:
         """How many sums this rank sends to a gateway."""
         return sum(self.incoming.n_sums[rank] for rank in self.served[gateway])
 
-    def places(self, source: Indices, index: Indices, whole: npt.NDArray[np.bool_]) -> tuple[Indices, Indices]:
+    def places(
+        self, source: Indices, index: Indices, whole: npt.NDArray[np.bool_], part: slice = slice(None)
+    ) -> tuple[Indices, Indices]:
         """Where this rank's rows are: tables (array, row) in which array P + g is what gateway g has for this rank.
 
         Parameters
         ----------
-        source, index : (R,) int32
+        source, index : (rows of the part,) int32
             The same for rows that come straight from their ranks.
         whole : (P,) bool
             Of every rank of this node, whether its array is its whole box, read in place; else the needed rows alone.
+        part : slice
+            Of this rank's rows.
         """
         incoming, gateway = self.incoming, self._gateway[source]
         far = gateway >= 0
-        in_box = self._in_box[source] + incoming.token
-        in_needed = self._in_needed[source] + incoming.row
+        in_box = self._in_box[source] + incoming.token[part]
+        in_needed = self._in_needed[source] + incoming.row[part]
         found = np.where(whole[gateway], in_box, in_needed)
         moved = (np.where(far, len(self.nodes.of) + gateway, source), np.where(far, found, index))
         return moved[0].astype(np.int32), moved[1].astype(np.int32)
@@ -108,36 +115,58 @@ class Relay:
 
     def hear(self, needs: Mapping[int, Array]) -> None:
         """Take in what every rank of this node, this one included, needs of the box."""
-        cut = self.incoming.cut
+        cut, copies = self.incoming.cut, self.incoming.copies
         self.passes_on = {}
         self._n_sums_from: dict[int, int] = {}
-        rows, experts, sources, indices, own = [], [], [], [], []
+        rows, experts, sources, indices, own, moves, needed = [], [], [], [], [], [], []
         for owner in sorted(needs):
             row, expert = needs[owner]["row"], needs[owner]["expert"]
-            if owner == self.rank:
-                first = np.ones(len(row), np.bool_)
-            else:
-                self.passes_on[owner] = np.ascontiguousarray(row[begins(row)])
-                first = begins(row, cut.subtree[expert])
+            moved = self._moved(row, expert)
+            first = np.ones(int(np.count_nonzero(~moved)), np.bool_)
+            needed.append(row[~moved])
+            if owner != self.rank:
+                self.passes_on[owner] = np.ascontiguousarray(needed[-1][begins(needed[-1])])
+                part = cut.subtree[expert]
+                first = begins(row, part) if copies is None else copies.sum_begins(row, expert, part, moved)
                 self._n_sums_from[owner] = int(np.count_nonzero(first))
-            rows.append(row[first])
-            experts.append(expert[first])
-            n = len(rows[-1])
+            # One entry for each of the owner's sums; and what was made elsewhere, which cuts the node's sums as well.
+            entry = moved.copy()
+            entry[~moved] = first
+            number = np.cumsum(entry & ~moved) - 1
+            n = int(np.count_nonzero(entry))
+            rows.append(row[entry])
+            experts.append(expert[entry])
             sources.append(np.full(n, 0 if owner == self.rank else 1 + owner, np.int32))
-            indices.append(np.arange(n, dtype=np.int32))
+            indices.append(number[entry].astype(np.int32))
             own.append(np.full(n, owner == self.rank))
-        row, expert, source, index, is_own = map(np.concatenate, (rows, experts, sources, indices, own))
-        order = stable_order(row)  # experts rise with the owners, so a row's stay in their order
-        self._row, self._expert = row[order], np.ascontiguousarray(expert[order])
-        self._source, self._index, self._is_own = source[order], index[order], is_own[order]
+            moves.append(moved[entry])
+        arrays = [np.concatenate(parts) for parts in (rows, experts, sources, indices, own, moves)]
+        order = stable_order(arrays[0])  # experts rise with the owners, so a row's stay in their order
+        row, expert, source, index, is_own, moved = (array[order] for array in arrays)
+        part = node_parts(cut, self.nodes)[expert]
+        stays = ~moved
+        self._sum_begins = begins(row, part) if copies is None else copies.sum_begins(row, expert, part, moved)
+        self._row, self._expert = row[stays], np.ascontiguousarray(expert[stays])
+        self._source, self._index, self._is_own = source[stays], index[stays], is_own[stays]
+        if copies is not None and copies.at_home[self.served[self.rank]].any():
+            come, borders = np.unique(np.concatenate(needed)), self.box_borders[self.rank]
+            self.arriving = np.split(come, np.searchsorted(come, borders[1:-1]))
+
+    def _moved(self, row: Indices, expert: Indices) -> npt.NDArray[np.bool_]:
+        """Which of an owner's needs are computed where their tokens are."""
+        copies, borders = self.incoming.copies, self.box_borders[self.rank]
+        if copies is None:
+            return np.zeros(len(row), np.bool_)
+        cuts = [0, *np.searchsorted(row, borders[1:-1]).tolist(), len(row)]
+        parts = [
+            copies.moved(rank, expert[begin:end])
+            for rank, begin, end in zip(self.served[self.rank], cuts, cuts[1:], strict=False)
+        ]
+        return np.concatenate([np.zeros(0, np.bool_), *parts])
 
     def n_sums_from(self, owner: int) -> int:
         """How many sums another owner of this node sends to this gateway."""
         return self._n_sums_from[owner]
-
-    @cached_property
-    def _sum_begins(self) -> npt.NDArray[np.bool_]:
-        return begins(self._row, node_parts(self.incoming.cut, self.nodes)[self._expert])
 
     @cached_property
     def sum_borders(self) -> list[int]:

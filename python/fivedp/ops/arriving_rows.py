@@ -7,7 +7,8 @@ own, and those that it reads in place) are for the time while nothing has come y
 
 When this happens is each rank's own choice: neither its messages nor its results depend on it. Rows that came through
 gateways are taken as a whole: a gateway passes them on when it comes to read its own. So are those of CuPy arrays,
-whose kernels for all experts are launched at once.
+whose kernels for all experts are launched at once, and all where there are copies of hot experts, whose products are
+for the time in which sums travel.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def run_as_rows_come(
         Given the sources whose rows have gone through all phases, as soon as they have.
     """
     size = travel.plan.group.size
-    at_once = bool(work.owners) or travel.plan.relay is not None or travel.plan.on_device
+    plan = travel.plan
+    at_once = bool(work.owners) or plan.relay is not None or plan.copies is not None or plan.on_device
     for sources in [list(range(size))] if at_once else _batches(travel):
         if len(sources) == size:
             work.own.rows[name] = in_type(travel.rows(), travel.plan)

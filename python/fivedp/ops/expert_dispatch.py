@@ -186,7 +186,8 @@ class Dispatched:
     def __init__(self, mail: Mailbox, plan: DispatchPlan, x: Array, tag: str) -> None:
         self.mail, self.plan = mail, plan
         self.x = mail.xp.ascontiguousarray(x).astype(plan.wire_dtype, copy=False)
-        number, incoming = TAGS[tag], plan.incoming
+        self.number, incoming = TAGS[tag], plan.incoming
+        number = self.number
         self._receipts: dict[int, Receipt] = {}
         for source in plan.direct_peers[::-1]:
             whole = (plan.n_tokens[source], plan.width)
@@ -213,9 +214,22 @@ class Dispatched:
 
     def rows(self, part: slice = slice(None)) -> Rows:
         """The rows of this rank's experts, in their order, where they lie; of a part of them those that are here."""
-        plan, incoming = self.plan, self.plan.incoming
-        if part == slice(None):
+        plan, everything = self.plan, part == slice(None)
+        if everything:
             self.wait(self._receipts)
+        if plan.on_device:
+            boxes = [] if self._relayed is None else self._relayed.arrays()[0]
+            return Rows(self._arrays()[0] + boxes, *plan.tables.places)
+        return Rows(*self.places(slice(0, plan.incoming.n_own) if everything else part))
+
+    def of_copies(self, part: slice = slice(None)) -> Rows:
+        """The rows of copies that this rank uses, or of a part of them: its own tokens."""
+        token = self.plan.incoming.token[self.plan.incoming.n_own :][part]
+        return Rows([self.x], np.zeros(len(token), np.int32), token)
+
+    def _arrays(self) -> tuple[list[Array], Any]:
+        """By rank: what is here of its rows, and if that is its whole array."""
+        plan = self.plan
         nothing = plan.xp.empty((0, plan.width), self.x.dtype)
         arrays = [nothing] * plan.group.size
         whole = np.zeros(plan.group.size, np.bool_)
@@ -223,16 +237,19 @@ class Dispatched:
         for source, receipt in self._receipts.items():
             if source not in self._waiting:
                 arrays[source], whole[source] = receipt.array, receipt.whole
-        if plan.on_device:
-            boxes = [] if self._relayed is None else self._relayed.arrays()[0]
-            return Rows(arrays + boxes, *plan.tables.places)
+        return arrays, whole
+
+    def places(self, part: slice) -> tuple[list[Array], Any, Any]:
+        """Where a part of the rows lies: arrays, and of every row which of them and where in it."""
+        plan, incoming = self.plan, self.plan.incoming
+        arrays, whole = self._arrays()
         senders, token = incoming.source[part], incoming.token[part]
         index = token if whole.all() else np.where(whole[senders], token, incoming.row[part])
         if self._relayed is None or plan.relay is None:
-            return Rows(arrays, senders, index)
-        assert part == slice(None), "what comes through gateways comes as a whole"
+            return arrays, senders, index
+        assert part == slice(0, incoming.n_own), "what comes through gateways comes as a whole"
         boxes, whole = self._relayed.arrays()
-        return Rows(arrays + boxes, *plan.relay.places(senders, index, whole))
+        return (arrays + boxes, *plan.relay.places(senders, index, whole, part))
 
     def release(self) -> None:
         """This rank has read the rows for the last time."""

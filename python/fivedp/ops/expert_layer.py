@@ -15,10 +15,10 @@ that the experts' outputs need not be stored, and one number per pair travels ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.mesh import Mesh
@@ -27,11 +27,13 @@ from fivedp.errors import LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
 from fivedp.kernels._select import library_of, sum_type
 from fivedp.kernels.gemm import gemm
+from fivedp.layout.hot_experts import ExpertSizes
 from fivedp.layout.shares import share
 from fivedp.ops.arguments import checked, same_kind
 from fivedp.ops.arriving_rows import run_as_rows_come
 from fivedp.ops.batch_ranks import BatchRanks
-from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch
+from fivedp.ops.dispatch_plan import DispatchPlan, plan_dispatch, wire_types
+from fivedp.ops.expert_copies import CopiedWeights, KeptRows
 from fivedp.ops.expert_dispatch import (
     TYPES,
     WIRES,
@@ -185,8 +187,10 @@ def expert_layer(
     -----
     Collective over all ranks of `comm`. While rows of tokens travel as messages, shared experts are computed, and then
     the rows that have come, where they are enough (`fivedp.ops.arriving_rows`). Ranks of a node that have few rows take
-    over products of one that has many (`fivedp.ops.work_sharing`); those of CuPy arrays each rank computes itself, and
-    the host waits for the device once, for the routing's choice (again for that of shared experts with a router).
+    over products of one that has many (`fivedp.ops.work_sharing`). Over several nodes hot experts are copied where that
+    pays (`fivedp.layout.hot_experts`), unless they are cut along `tensor`. Of CuPy arrays each rank computes its own
+    rows itself, and the host waits for the device once, for the routing's choice (again for that of shared experts with
+    a router).
     """
     name, group, shared_routing, chosen = "expert_layer", group_of(comm), None, None
 
@@ -226,7 +230,7 @@ def expert_layer(
             error = refused
     columns = 0 if error is not None else w_up.shape[2]
     size = "" if tensor else f" of {columns}"
-    text = f"{n_experts} experts{size}, top_k={top_k}, {activation}, wire={wire}, tensor={tensor}"
+    text = f"{n_experts} experts{size}, top_k={top_k}, {activation}, wire={wire}, tensor={tensor}, keep={keep}"
     if error is None and shared is not None:
         size = "" if tensor else f" {shared.w_up.shape[1]}"
         text += f", shared{size}{'' if shared.router is None else ' with a router'}"
@@ -236,15 +240,16 @@ def expert_layer(
     y = library_of(x).empty(x.shape, sum_type(x.dtype) if tensor or shared else x.dtype)
     beside: SharedForward | None = None
     with mailbox(group, what, library_of(x)) as mail:
-        plan = plan_dispatch(mail.host, chosen, x, n_tokens, wire, sum_type(x.dtype))
+        may_copy = None if tensor or library_of(x) is not np else _sizes(x, w_up, w_gate, wire, keep)
+        plan = plan_dispatch(mail.host, chosen, x, n_tokens, wire, sum_type(x.dtype), may_copy)
+        weights = {"w_up": w_up, "w_down": w_down} | ({} if w_gate is None else {"w_gate": w_gate})
         work, progress = SharedWork(mail, plan, columns, n_phases=2), mail.progress()
         tokens = work.visible(x)
         travel, returns = Dispatched(mail, plan, tokens, "C"), Returns(mail, plan, weighted=True)
+        copied = None if plan.copies is None else CopiedWeights(mail, plan, travel, weights)
         if shared is not None:
             beside = SharedForward(x, shared, shared_routing, activation, progress)
-        items = {"w_up": Item.of("expert", w_up), "w_down": Item.of("expert", w_down)}
-        if w_gate is not None:
-            items["w_gate"] = Item.of("expert", w_gate)
+        items = {name: Item.of("expert", weight) for name, weight in weights.items()}
         if keep:
             items |= {name: Item("row", (columns,), x.dtype, kept=True) for name in _products(activation)}
         items["hidden"] = Item("row", (columns,), x.dtype)
@@ -266,6 +271,11 @@ def expert_layer(
 
         out = work.result("out")
         run_as_rows_come(work, "x", travel, [hidden, down], lambda sources: returns.send(out, sources))
+        if copied is not None:
+            for job in work.of_copies({"x": lambda part: in_type(travel.of_copies(part), plan)}, copied.arrays()):
+                hidden(job, None)
+                down(job, None)
+            copied.release()
         travel.release()
         returns.add(out, y)
         kept = {name: work.result(name) for name in _products(activation)} if keep else {}
@@ -281,6 +291,15 @@ def expert_layer(
         routing, plan, x, router, w_up, w_gate, w_down, kept.get("gate"), kept["up"], activation, comm, tensor,
         None if beside is None else beside.state,
     )  # fmt: skip
+
+
+def _sizes(x: Array, w_up: Array, w_gate: Array | None, wire: str, keep: bool) -> ExpertSizes:
+    """What the price of copies needs to know of a layer."""
+    there, back = wire_types(x.dtype, wire)
+    matrices = 2 if w_gate is None else 3
+    return ExpertSizes(
+        x.shape[1], w_up.shape[2], matrices, x.dtype.itemsize, there.itemsize, back.itemsize, backward=keep
+    )
 
 
 def _products(activation: str) -> tuple[str, ...]:
@@ -352,11 +371,18 @@ def _through_experts(
     gated = state.w_gate is not None
     work = SharedWork(mail, plan, columns, n_phases=6 if gated else 5)
     x, dy, progress = work.visible(state.x), work.visible(dy), mail.progress()
+    weights = {"w_up": state.w_up, "w_down": state.w_down} | ({"w_gate": state.w_gate} if gated else {})
     # Rows of dy first: those of x are not read before the gradients of the weights.
     dy_travel, x_travel = Dispatched(mail, plan, dy, "rows"), Dispatched(mail, plan, x, "C")
+    copied = None if plan.copies is None else CopiedWeights(mail, plan, dy_travel, weights)
     returns, scalars = Returns(mail, plan, weighted=False), ScalarsHome(mail, plan, plan.sums)
+    inner = ("d_up", "d_gate") if gated else ("d_up",)
+    elsewhere = None
+    if plan.copies is not None:
+        rows_sent = {"x": (plan.width, plan.wire_dtype), "dy": (plan.width, plan.wire_dtype)}
+        elsewhere = KeptRows(mail, plan, rows_sent | dict.fromkeys(("hidden", *inner), (columns, dtype)))
     beside = None if state.shared is None else SharedBackward(dy, state.shared, activation, progress)
-    items = {"w_up": Item.of("expert", state.w_up), "w_down": Item.of("expert", state.w_down)}
+    items = {name: Item.of("expert", weight) for name, weight in weights.items()}
     items |= {"up": Item.of("row", state.up), "weights": Item.of("row", plan.tables.weights)}
     items |= {"d_hidden": Item("row", (columns,), plan.sums), "d_weights": Item("row", (), plan.sums)}
     items |= {name: Item("row", (columns,), dtype) for name in ("d_up", "hidden")}
@@ -364,7 +390,7 @@ def _through_experts(
     items["d_w_up"] = Item("expert", state.w_up.shape[1:], dtype, kept=True)
     items["d_w_down"] = Item("expert", state.w_down.shape[1:], dtype, kept=True)
     if gated:
-        items |= {"w_gate": Item.of("expert", state.w_gate), "gate": Item.of("row", state.gate)}
+        items["gate"] = Item.of("row", state.gate)
         items["d_gate"] = Item("row", (columns,), dtype)
         items["d_w_gate"] = Item("expert", state.w_up.shape[1:], dtype, kept=True)
     work.begin({"x": x, "dy": dy}, items)
@@ -387,26 +413,40 @@ def _through_experts(
     def d_rows(job: Job, tiles: Array | None) -> int:
         # d_gate w_gate^T + d_up w_up^T as one product over 2 F.
         a = job.arrays
-        inner = [a[name] for name in (("d_gate", "d_up") if gated else ("d_up",))]
-        weights = [a[name].transpose(0, 2, 1) for name in (("w_gate", "w_up") if gated else ("w_up",))]
-        return kernel.grouped_matmul(inner, weights, job.offsets, a["rows"], progress=progress, tiles=tiles)
+        left = [a[name] for name in (("d_gate", "d_up") if gated else ("d_up",))]
+        right = [a[name].transpose(0, 2, 1) for name in (("w_gate", "w_up") if gated else ("w_up",))]
+        return kernel.grouped_matmul(left, right, job.offsets, a["rows"], progress=progress, tiles=tiles)
 
-    def outer(name: str, left: Callable[[Job], Any], right: Callable[[Job], Any]) -> Work:
-        return lambda job, tiles: kernel.grouped_outer(
-            left(job), right(job), job.offsets, job.arrays[name], progress=progress, tiles=tiles
-        )
+    def outer(name: str, left: str, right: str) -> Work:
+        def work(job: Job, tiles: Array | None) -> int:
+            a = job.arrays | job.rows  # what others have made stands among the rows
+            return kernel.grouped_outer(a[left], a[right], job.offsets, a[name], progress=progress, tiles=tiles)
+
+        return work
 
     def go_home(sources: list[int]) -> None:
         scalars.send(d_pairs, sources)
         returns.send(rows, sources)
 
-    run_as_rows_come(work, "dy", dy_travel, [d_hidden, activation_gradient, d_rows], go_home)
+    phases = [d_hidden, activation_gradient, d_rows]
+    run_as_rows_come(work, "dy", dy_travel, phases, go_home)
+    if copied is not None and elsewhere is not None:
+        for job in work.of_copies({"dy": lambda part: in_type(dy_travel.of_copies(part), plan)}, copied.arrays()):
+            for phase in phases:
+                phase(job, None)
+        copied.release()
+        elsewhere.send({name: work.rows_of_copies(name) for name in ("hidden", *inner)}, x_travel, dy_travel)
     # An expert's weights need all of its rows, in their order. Meanwhile sums and numbers travel home.
-    work.own.rows |= {"x": in_type(x_travel.rows(), plan), "dy": in_type(dy_travel.rows(), plan)}
-    work.run(3, outer("d_w_down", lambda job: job.arrays["hidden"], lambda job: job.rows["dy"]))
-    work.run(4, outer("d_w_up", lambda job: job.rows["x"], lambda job: job.arrays["d_up"]))
+    if elsewhere is None:
+        work.own.rows |= {"x": in_type(x_travel.rows(), plan), "dy": in_type(dy_travel.rows(), plan)}
+    else:
+        elsewhere.complete(work.own, {"x": x_travel, "dy": dy_travel})
+    work.run(3, outer("d_w_down", "hidden", "dy"))
+    work.run(4, outer("d_w_up", "x", "d_up"))
     if gated:
-        work.run(5, outer("d_w_gate", lambda job: job.rows["x"], lambda job: job.arrays["d_gate"]))
+        work.run(5, outer("d_w_gate", "x", "d_gate"))
+    if elsewhere is not None:
+        elsewhere.release()
     for travel in (x_travel, dy_travel):
         travel.release()
     d_weights = scalars.table(d_pairs)

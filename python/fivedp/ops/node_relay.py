@@ -45,11 +45,18 @@ class RelayedRows:
         space = mail.workspace((mine[-1], width), dtype)
         mail.give_at_end(space)
         self.box = space.array
-        self._arriving = [
-            mail.receive((end - begin, width), dtype, rank, tag, target=self.box[begin:end])
-            for rank, begin, end in zip(relay.served[relay.rank], mine, mine[1:], strict=False)
-            if end > begin
-        ]
+        self._arriving: list[Receipt] = []
+        # Where copies of experts make some rows at home, the others come without gaps, and are put in their places.
+        self._spread: list[tuple[Any, Receipt]] = []
+        for number, (rank, begin, end) in enumerate(zip(relay.served[relay.rank], mine, mine[1:], strict=False)):
+            places = None if relay.arriving is None else relay.arriving[number]
+            if places is None or len(places) == end - begin:
+                if end > begin:
+                    self._arriving.append(
+                        mail.receive((end - begin, width), dtype, rank, tag, target=self.box[begin:end])
+                    )
+            elif len(places):
+                self._spread.append((places, mail.receive((len(places), width), dtype, rank, tag)))
         self._passed_on = False
         self._receipts: dict[int, Receipt] = {}
         for mate in relay.mates[::-1]:
@@ -61,7 +68,10 @@ class RelayedRows:
         mail, relay = self.mail, self.relay
         if not self._passed_on:
             self._passed_on = True
-            mail.wait(self._arriving)
+            mail.wait([*self._arriving, *(receipt for _, receipt in self._spread)])
+            for places, receipt in self._spread:
+                self.box[places] = receipt.array
+                mail.release(receipt)
             for mate in relay.mates:
                 send_rows(mail, self.box, self.plan.tables.passes_on[mate], mate, self._tag)
             mail.wait(list(self._receipts.values()))

@@ -15,7 +15,7 @@ before is done, whoever made it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,6 +111,8 @@ class SharedWork:
             n_experts = [end - begin for begin, end in itertools.pairwise(plan.cut.borders)]
             self.owners = owners_to_help(plan.loads, n_experts, plan.width, hidden, plan.dtype.itemsize)
         self.jobs: list[Job] = []
+        self._whole: dict[str, Array] = {}
+        self._rows_of_copies: dict[str, Array] = {}
         self._items: dict[str, Item] = {}
         self._used: Array | None = None
         self._extents: list[Extent] = []
@@ -140,7 +142,7 @@ class SharedWork:
         plan = self.plan
         self._items = dict(items)
         own = Job(plan.group.index, {}, plan.tables.offsets, {})
-        self.jobs = [own]
+        self.jobs, self._whole = [own], {}
         words = None
         if own.rank in self.owners:
             words = self._publish(own)
@@ -148,6 +150,12 @@ class SharedWork:
             words = [_NONE] * (3 + len(items))
             for name, item in items.items():
                 own.arrays[name] = self._private(item) if item.given is None else item.given
+        if plan.copies is not None:
+            self._whole = own.arrays
+            n_own = plan.incoming.n_own
+            rows = {name: array for name, array in own.arrays.items() if items[name].per == "row"}
+            own.arrays = own.arrays | {name: array[:n_own] for name, array in rows.items()}
+            self._rows_of_copies = {name: array[n_own:] for name, array in rows.items()}
         if self.owners:
             boards = self._exchange(np.array([*map(self._offset, tokens.values()), *words], np.int64))
             others = [self._job(boards, rank, list(tokens)) for rank in self.owners if rank != own.rank]
@@ -169,9 +177,33 @@ class SharedWork:
         }
         return Job(self.own.rank, given, np.array([0, rows.stop - rows.start], np.int64), arrays)
 
+    def of_copies(
+        self, rows: Mapping[str, Callable[[slice], Any]], weights: Sequence[Mapping[str, Array]]
+    ) -> list[Job]:
+        """The rows of each copy that this rank uses, as a job of its own.
+
+        Parameters
+        ----------
+        rows : dict of str to callable
+            Gives a part of the tokens' rows.
+        weights : list of dict of str to (1, ., .) arrays
+            Of each copy.
+        """
+        borders = self.plan.incoming.copy_offsets.tolist()
+        jobs = []
+        for begin, end, given in zip(borders, borders[1:], weights, strict=False):
+            arrays = {name: array[begin:end] for name, array in self._rows_of_copies.items()}
+            some = {name: of(slice(begin, end)) for name, of in rows.items()}
+            jobs.append(Job(self.own.rank, some, np.array([0, end - begin], np.int64), arrays | dict(given)))
+        return jobs
+
+    def rows_of_copies(self, name: str) -> Array:
+        """What copies that this rank uses have made, of all of their rows."""
+        return self._rows_of_copies[name]
+
     def result(self, name: str) -> Array:
         """A result of this rank's job, for all of its experts."""
-        item, array = self._items[name], self.own.arrays[name]
+        item, array = self._items[name], (self._whole or self.own.arrays)[name]
         n_experts = len(self.plan.incoming.counts)
         if item.per == "row" or self._used is None or len(self._used) == n_experts:
             return self._keep(array) if item.kept else array
