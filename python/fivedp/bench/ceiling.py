@@ -99,12 +99,15 @@ def _alone(comm: Any, name: str, seconds: float) -> float:
     return rate
 
 
-def in_registers(comm: Any, name: str, seconds: float = 0.1) -> float:
-    """FLOP/s of all ranks at once where nothing is loaded or stored: no product can exceed it. Collective."""
+def in_registers(comm: Any, name: str) -> float:
+    """FLOP/s of all ranks at once where nothing is loaded or stored: no product can exceed it. Collective.
+
+    Takes a third of a second: ranks that have just been woken may share a core for some of it.
+    """
     from fivedp.kernels import gemm
 
     dtype = operands.dtype_of(name)
-    return _at_once(comm, lambda: gemm.multiply_adds(dtype, IN_REGISTERS), seconds / ROUNDS)
+    return _at_once(comm, lambda: gemm.multiply_adds(dtype, IN_REGISTERS), 0.03, rounds=11)
 
 
 def _together(comm: Any, name: str, seconds: float) -> float:
@@ -113,11 +116,11 @@ def _together(comm: Any, name: str, seconds: float) -> float:
     return max(_at_once(comm, contestant, seconds / (4 * ROUNDS)) for contestant in contestants)
 
 
-def _at_once(comm: Any, contestant: Callable[[], float], seconds: float) -> float:
+def _at_once(comm: Any, contestant: Callable[[], float], seconds: float, rounds: int = ROUNDS) -> float:
     """The best round of all ranks: the work that all finish over the slowest's time, as operations per second."""
     best = 0.0
     contestant()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         done = 0.0
         comm.Barrier()
         start = time.perf_counter()
