@@ -32,7 +32,7 @@ from fivedp.layout import hot_experts
 from fivedp.layout.nodes import Network
 from fivedp.ops import arriving_rows, dispatch_plan
 from fivedp.ops.dispatch_plan import DispatchPlan
-from fivedp.ops.expert_layer import ExpertGradients, ExpertLayerState
+from fivedp.ops.mixture_layer import ExpertGradients, ExpertLayerState
 from fivedp.ops.routing import Routing
 from fivedp.ops.shared_experts import SharedExperts
 from fivedp.ops.work_sharing import SharedWork
@@ -113,7 +113,7 @@ def copies_pay(wanted: bool = True) -> Iterator[None]:
     def network_of(group: Group) -> Network:
         return Network(link=group.grid.link, flops=1e-9 * group.grid.link if wanted else 1e30)
 
-    with mock.patch.object(dispatch_plan, "network_of", network_of), mock.patch.object(hot_experts, "_BALANCED", 1.0):
+    with mock.patch.object(dispatch_plan, "network_of", network_of), mock.patch.object(hot_experts, "BALANCED", 1.0):
         yield
 
 
@@ -151,7 +151,7 @@ def work_is_shared(wanted: bool = True) -> Iterator[list[int]]:
 
     with (
         mock.patch.object(layout_of_dispatch, "_FLOPS_PER_COPIED_BYTE", 0),
-        mock.patch.object(layout_of_dispatch, "_BALANCED", 1.0),
+        mock.patch.object(layout_of_dispatch, "BALANCED", 1.0),
         mock.patch.object(SharedWork, "end", counted),
     ):
         yield jobs

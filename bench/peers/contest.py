@@ -177,9 +177,9 @@ class Arena:
 
 
 def needs(line: dict[str, Any], ours: dict[str, Any], work: Work) -> float | None:
-    """The share of the peak, sums in registers on all our ranks, that its aim asks for; None where none is known.
+    """The share of the peak that its aim asks for; None where none is known.
 
-    An aim above 1 no program can reach on these cores.
+    The peak is that of sums in registers on all our ranks and threads, with our instruction set: beyond 1 we can't go.
     """
     peak = ours["facts"].get("peak", {}).get(work.dtype)
     if line["wanted"] is None or peak is None or not work.flops:

@@ -14,7 +14,8 @@ namespace py = pybind11;
 namespace fivedp {
 namespace {
 
-// A target that reaches over more memory than this is not in the caches, and will not be when it is read.
+// A target that reaches over more memory than this is larger than what caches hold of it for a rank, most of them
+// shared.
 constexpr std::int64_t far_bytes = std::int64_t{4} << 20;
 
 struct Dimension {

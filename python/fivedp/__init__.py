@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         expert_dispatch,
         expert_dispatch_backward,
     )
-    from fivedp.ops.expert_layer import expert_layer, expert_layer_backward
     from fivedp.ops.grouped_matmul import grouped_matmul, grouped_matmul_backward
     from fivedp.ops.hybrid_attention import (
         hybrid_attention,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         ulysses_attention_backward,
     )
     from fivedp.ops.matmul import sharded_matmul, sharded_matmul_backward
+    from fivedp.ops.mixture_layer import expert_layer, expert_layer_backward
     from fivedp.ops.ring_attention import ring_attention, ring_attention_backward
     from fivedp.ops.routing import Routing, route, route_backward, update_bias
     from fivedp.ops.sequence import sequence_gather, sequence_shard
@@ -61,7 +61,7 @@ _HOMES = {
         "expert_dispatch",
         "expert_dispatch_backward",
     ),
-    "fivedp.ops.expert_layer": ("expert_layer", "expert_layer_backward"),
+    "fivedp.ops.mixture_layer": ("expert_layer", "expert_layer_backward"),
     "fivedp.ops.grouped_matmul": ("grouped_matmul", "grouped_matmul_backward"),
     "fivedp.ops.hybrid_attention": (
         "hybrid_attention",

@@ -328,7 +328,7 @@ import numpy as np
 from mpi4py import MPI
 import fivedp
 from fivedp.kernels import experts as kernel
-from fivedp.ops import expert_layer as layer, routing, token_sums
+from fivedp.ops import mixture_layer as layer, routing, token_sums
 
 flops = 0
 

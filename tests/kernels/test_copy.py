@@ -13,7 +13,7 @@ import pytest
 from kernel_operands import BF16, STRIDES, bits, with_strides
 
 from fivedp import _cpu
-from fivedp.comm.copies import copy_box
+from fivedp.comm.boxes import copy_box
 from fivedp.kernels import gemm as kernel
 
 Array = Any

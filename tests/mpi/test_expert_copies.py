@@ -19,7 +19,7 @@ from fivedp.comm.grid import grid_of
 from fivedp.comm.shared_window import SharedWindow
 from fivedp.layout import explain_experts
 from fivedp.layout.nodes import PER_NODE, PER_RANK, Network, cheapest
-from fivedp.ops import dispatch_plan
+from fivedp.ops import dispatch_plan, mixture_layer
 from fivedp.ops.expert_copies import CopiedWeights
 from mpi_experts import (
     BFLOAT16,
@@ -264,8 +264,10 @@ def test_where_none_pays_the_layer_has_the_messages_of_a_plain_one(
 ) -> None:
     case, apart = skewed(np.random.default_rng(seed), np.float32, comm.size), on_nodes(comm, MAPS[comm.size][0])
     counted = []
-    for flops in (1e11, 1e30):
-        monkeypatch.setattr(dispatch_plan, "network_of", lambda group, f=flops: Network(link=group.grid.link, flops=f))
+    monkeypatch.setattr(dispatch_plan, "network_of", lambda group: Network(link=group.grid.link, flops=1e30))
+    for may_copy in (True, False):
+        if not may_copy:
+            monkeypatch.setattr(mixture_layer, "_sizes", lambda *_: None)
         grid_of(apart).traffic.reset()
         _, state = case.run(apart)
         assert state.plan.hot is None

@@ -69,7 +69,9 @@ def _contestants(name: str, size: int) -> list[Callable[[], float]]:
 
     found = [lambda: product(lambda: np.matmul(a, b, out=c))] if dtype.itemsize >= 4 else []
     if dtype.kind != "c":
-        found += [lambda: product(lambda: gemm.gemm(a, b, c)), lambda: gemm.multiply_adds(dtype, IN_REGISTERS)]
+        found.append(lambda: product(lambda: gemm.gemm(a, b, c)))
+    if dtype.kind != "c" and size == CACHED:  # has no size
+        found.append(lambda: gemm.multiply_adds(dtype, IN_REGISTERS))
     return found
 
 
@@ -100,7 +102,7 @@ def _alone(comm: Any, name: str, seconds: float) -> float:
 
 
 def in_registers(comm: Any, name: str) -> float:
-    """FLOP/s of all ranks at once where nothing is loaded or stored: no product can exceed it. Collective.
+    """FLOP/s of all ranks at once where nothing is loaded or stored: what products come near. Collective.
 
     Takes a third of a second: ranks that have just been woken may share a core for some of it.
     """

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fivedp.layout.copies import Copies
-from fivedp.layout.experts import ExpertCut
+from fivedp.layout.experts import BALANCED, ExpertCut
 from fivedp.layout.nodes import Nodes, seen_from
 from fivedp.layout.order import begins, stable_order, starts
 
@@ -325,8 +325,6 @@ class Incoming:
 
 # What a core multiplies in the time in which it copies a byte of a weight: about 100 GFLOP/s and 2.5 GB/s.
 _FLOPS_PER_COPIED_BYTE = 40
-# Below this imbalance the ranks' own noise is larger.
-_BALANCED = 1.1
 
 
 def owners_to_help(loads: Sequence[int], n_experts: Sequence[int], width: int, hidden: int, itemsize: int) -> list[int]:
@@ -347,6 +345,5 @@ def owners_to_help(loads: Sequence[int], n_experts: Sequence[int], width: int, h
     return [
         owner
         for owner, (load, experts) in enumerate(zip(loads, n_experts, strict=True))
-        if load > _BALANCED * mean
-        and (load - mean) * per_row > _FLOPS_PER_COPIED_BYTE * per_expert * min(experts, load)
+        if load > BALANCED * mean and (load - mean) * per_row > _FLOPS_PER_COPIED_BYTE * per_expert * min(experts, load)
     ]

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from fivedp.layout.shares import Range, border, share
 
 Indices = npt.NDArray[np.int32]
+# Below this imbalance of ranks, the busiest over the mean, their own noise is larger.
+BALANCED = 1.1
 
 
 def middle(begin: int, end: int) -> int:

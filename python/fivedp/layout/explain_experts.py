@@ -15,7 +15,7 @@ from fivedp.errors import LayoutError, ShapeError
 from fivedp.layout.copies import Copies, crossing_change
 from fivedp.layout.dispatch import Outgoing
 from fivedp.layout.experts import ExpertCut, cut_experts
-from fivedp.layout.hot_experts import ExpertSizes, Replica, Verdict, verdict
+from fivedp.layout.hot_experts import ExpertSizes, Replica, Verdict, rank_loads, verdict
 from fivedp.layout.nodes import PER_NODE, Counts, Network, Nodes, RowWay, cheapest, row_ways
 from fivedp.layout.shares import border
 
@@ -123,7 +123,7 @@ def explain_experts(
     if cheapest(ways).name == PER_NODE:
         outgoing = [one.through_gateways(on) for one in outgoing]
     counts = np.array([np.bincount(one.pairs["expert"], minlength=n_experts) for one in outgoing])
-    loads = np.bincount(cut.owner, weights=counts.sum(axis=0), minlength=count).astype(int)
+    loads = rank_loads(counts, cut).astype(int)
     lines.append(f"  {'products':<20}{'rows':>12}{'':>12}{'ms':>12}   forward")
     for node, members in enumerate(on.members):
         rank = max(members, key=lambda rank: loads[rank])
@@ -174,10 +174,10 @@ def _copy_lines(name: str, found: Verdict) -> list[str]:
         n, saved, cost = (sum(getattr(r, field) for r in more) for field in ("rows", "saved", "cost"))
         lines.append(f"  {f'{name}, {len(more)} more':<20}{n:>12}{1e3 * saved:>12.3f}{1e3 * cost:>12.3f}   that pay")
     if pay:
-        n, verdict = sum(replica.rows for replica in pay), "made" if found.taken else "not made"
+        n, done = sum(replica.rows for replica in pay), "made" if found.taken else "not made"
         lines.append(
             f"  {f'{name}, all':<20}{n:>12}{1e3 * found.saved:>12.3f}{1e3 * found.cost:>12.3f}"
-            f"   with the rows and sums that cross: {verdict}"
+            f"   with the rows and sums that cross: {done}"
         )
     return lines
 

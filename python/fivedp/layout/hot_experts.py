@@ -14,7 +14,8 @@ Each copy is priced by its weights, by what the backward sends for its rows, and
 that, the counts by expert don't show: a row that is made at home need not cross, if its token has no other expert
 there, but it may cut one sum of the owner's into several, on every way home. So where copies pay, every rank counts
 what would cross of its own tokens, and with these numbers the busiest link is priced once more
-(`Verdict.with_crossing`): what is taken sends what is said, to the byte.
+(`Verdict.with_crossing`): rows, sums and weights between nodes are what is said, to the byte. The numbers of pairs, one
+each, and the messages of the choice itself are not in it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from fivedp.layout.experts import ExpertCut
+from fivedp.layout.experts import BALANCED, ExpertCut
 from fivedp.layout.nodes import Counts, Network, Nodes
 
-# Below this imbalance of ranks their own noise is larger.
-_BALANCED = 1.1
 # Of one copy, in `Network.hop`: messages to a node and inside it, there and back, and the time in which it is chosen.
 _HOPS = 10
 
@@ -171,7 +170,7 @@ def may_pay(counts: Counts, cut: ExpertCut, sizes: ExpertSizes, network: Network
     """
     loads = rank_loads(counts, cut)
     most, least = float(loads.max(initial=0.0)), float(loads.min(initial=0.0))
-    uneven = most > _BALANCED * float(loads.mean())
+    uneven = most > BALANCED * float(loads.mean())
     return (
         uneven
         and (most - least) * sizes.operations / network.flops > sizes.weights / network.link + _HOPS * network.hop
@@ -198,7 +197,7 @@ def verdict(counts: Counts, cut: ExpertCut, nodes: Nodes, sizes: ExpertSizes, ne
     links = np.zeros((2, nodes.count), np.int64)
     while True:
         busy = int(loads.argmax())
-        if loads[busy] <= _BALANCED * loads.mean():
+        if loads[busy] <= BALANCED * loads.mean():
             break
         begin, end = cut.of(busy)
         room = np.where(node_of != node_of[busy], (loads[busy] - loads) / (2 * share), 0)

@@ -344,7 +344,14 @@ class _Run:
         mail, dtype, tag = self.mail, self.partial_dtype, TAGS["C"]
         self.results[number] = [
             [
-                mail.receive(shape, dtype, peer, tag, self.out[total.target][None] if self.finished_at_source else None)
+                mail.receive(
+                    shape,
+                    dtype,
+                    peer,
+                    tag,
+                    self.out[total.target][None] if self.finished_at_source else None,
+                    for_later=True,
+                )
                 for peer, shape in total.receives
             ]
             for total in self.stages[number].sums
@@ -377,7 +384,7 @@ class _Run:
         for earlier in [s for s in self.replicas if s < number]:
             mail.wait(self.replicas.pop(earlier))
         self.replicas[number] = [
-            mail.receive(shape, self.out.dtype, peer, tag, self.out[slices])
+            mail.receive(shape, self.out.dtype, peer, tag, self.out[slices], for_later=True)
             for peer, shape, slices in stage.replica_receives
         ]
         for peer, slices in stage.replica_sends:

@@ -145,7 +145,7 @@ def gather(x_local: Array, layout: str, mesh: Mesh | MPI.Intracomm, root: int | 
                     if source == mine:
                         target[...] = x_local
                     else:
-                        receipts.append(mail.receive(target.shape, x_local.dtype, source, _TAG, target))
+                        receipts.append(mail.receive(target.shape, x_local.dtype, source, _TAG, target, for_later=True))
         for shift in range(1, n_ranks):
             receiver = (mine + shift) % n_ranks
             if root in (None, receiver) and nearest(receiver, mine):

@@ -110,6 +110,8 @@ class SharedWork:
         if self.window is not None and plan.group.size > 1 and plan.wire == "same":
             n_experts = [end - begin for begin, end in itertools.pairwise(plan.cut.borders)]
             self.owners = owners_to_help(plan.loads, n_experts, plan.width, hidden, plan.dtype.itemsize)
+        # Ranks see each other's tables by the loads of the plan, which leave no room for rows made elsewhere.
+        assert plan.copies is None or not self.owners
         self.jobs: list[Job] = []
         self._whole: dict[str, Array] = {}
         self._rows_of_copies: dict[str, Array] = {}

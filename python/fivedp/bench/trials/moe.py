@@ -38,7 +38,7 @@ STAGE_CALLS = 5
 
 def watched_functions() -> dict[str, tuple[tuple[Any, str], ...]]:
     """The functions of the layer, forward and backward, by stage."""
-    layer = importlib.import_module("fivedp.ops.expert_layer")
+    layer = importlib.import_module("fivedp.ops.mixture_layer")
     kernel = importlib.import_module("fivedp.kernels.experts")
     return {
         "route": tuple((layer, name) for name in ("router_logits", "gemm", "route", "route_backward", "over_tokens")),

@@ -125,7 +125,16 @@ class DeviceMailbox(Mailbox):
 
     # -- receiving -------------------------------------------------------------------------------------------------
 
-    def receive(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, target: Array | None = None) -> Receipt:
+    def receive(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        peer: int,
+        tag: int,
+        target: Array | None = None,
+        *,
+        for_later: bool = False,
+    ) -> Receipt:
         rank, dtype = self.group.members[peer], np.dtype(dtype)
         if target is not None:
             self._check(target)

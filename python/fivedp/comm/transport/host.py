@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from fivedp.comm import shared_window
-from fivedp.comm.copies import copy_box
+from fivedp.comm.boxes import copy_box
 from fivedp.comm.grid import Group
 from fivedp.comm.shared_window import NOTE_WORDS, SharedWindow
 from fivedp.comm.transport.mail import OVERFLOW, PROBE_TAG, Array, Buffer, Mailbox, Receipt, Workspace, cut
@@ -197,7 +197,16 @@ class HostMailbox(Mailbox):
 
     # -- receiving -------------------------------------------------------------------------------------------------
 
-    def receive(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, target: Array | None = None) -> Receipt:
+    def receive(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        peer: int,
+        tag: int,
+        target: Array | None = None,
+        *,
+        for_later: bool = False,
+    ) -> Receipt:
         rank = self.group.members[peer]
         dtype = np.dtype(dtype)
         n_bytes = math.prod(shape) * dtype.itemsize
@@ -205,7 +214,9 @@ class HostMailbox(Mailbox):
         if n_bytes and self._in_window(rank, n_bytes):
             note = np.empty(NOTE_WORDS, dtype=np.int64)
             request = self.group.grid.data.Irecv([note, MPI.INT64_T], rank, number)
-            receipt = Receipt(None, rank, [request], target, note=note, shape=shape, dtype=dtype, number=number)
+            receipt = Receipt(
+                None, rank, [request], target, for_later, note=note, shape=shape, dtype=dtype, number=number
+            )
         else:
             receipt = Receipt(None, rank, [], target, shape=shape, dtype=dtype, number=number)
             self._post(receipt)
@@ -240,7 +251,7 @@ class HostMailbox(Mailbox):
                 receipt.cell = SharedWindow.cell_of(note)
             receipt.note = None
             if receipt.target is not None:
-                copy_box(receipt.target, receipt.array, for_later=True)
+                copy_box(receipt.target, receipt.array, for_later=receipt.for_later)
                 receipt.target = None
                 self.release(receipt)
 

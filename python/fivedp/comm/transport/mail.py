@@ -115,6 +115,7 @@ class Receipt:
     peer: int
     requests: list[MPI.Request]
     target: Array | None = None
+    for_later: bool = False
     buffer: Buffer | None = None
     note: npt.NDArray[np.int64] | None = None
     shape: tuple[int, ...] = ()
@@ -201,8 +202,17 @@ class Mailbox(ABC):
         """Wait until the messages with `tags` of all stages up to `stage` (every one by default) have been received."""
 
     @abstractmethod
-    def receive(self, shape: tuple[int, ...], dtype: Any, peer: int, tag: int, target: Array | None = None) -> Receipt:
-        """Receive an array from a member, into `target` where it is given."""
+    def receive(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        peer: int,
+        tag: int,
+        target: Array | None = None,
+        *,
+        for_later: bool = False,
+    ) -> Receipt:
+        """Receive an array from a member, into `target` where it is given; `for_later`: nobody here reads that soon."""
 
     def receive_rows(self, n_rows: int, whole: tuple[int, ...], dtype: Any, peer: int, tag: int) -> Receipt:
         """Receive `n_rows` rows of a member's array, which has shape `whole`.

@@ -22,7 +22,7 @@ import numpy as np
 from mpi4py import MPI
 
 from fivedp.comm.mesh import Mesh
-from fivedp.comm.messages import Mailbox, mailbox
+from fivedp.comm.messages import TAGS, Mailbox, mailbox
 from fivedp.errors import LayoutError, ShapeError
 from fivedp.kernels import experts as kernel
 from fivedp.kernels._select import library_of, sum_type
@@ -452,6 +452,8 @@ def _through_experts(
     d_weights = scalars.table(d_pairs)
     returns.add(rows, dx)
     gradients = work.result("d_w_up"), work.result("d_w_gate") if gated else None, work.result("d_w_down")
+    if elsewhere is not None:
+        mail.flush(0, (TAGS["A"],))  # rows of copies are sent from the memory that goes back here
     work.end()
     return gradients, d_weights, beside
 

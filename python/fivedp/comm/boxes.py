@@ -1,8 +1,7 @@
 """A box copied from one host array into another, as NumPy would, at the rate of memory.
 
-A box of a large array is many short rows far apart. `target[...] = source` waits for each of them: 5 to 10 GB/s on one
-core, where 20 are possible with rows that are fetched ahead and, in a target larger than the caches, stored past them
-(`csrc/cpu/copy.hpp`).
+A box of a large array is many short rows far apart, and `target[...] = source` waits for each of them. Here rows are
+fetched ahead and, in a target larger than the caches, stored past them (`csrc/cpu/copy.hpp`).
 """
 
 from __future__ import annotations
