@@ -166,9 +166,10 @@ def test_less_workspace_means_fewer_blocks(xp: Any, host: Any, seed: int, dtype:
 def test_blocks_brought_by_warps_do_not_wait_for_the_flags_of_later_ones(
     xp: Any, host: Any, seed: int, dtype: str, along: str
 ) -> None:
-    """Along m one block has all tiles, and the rows of the next come when those of the tile before are seen in C."""
+    """One block has all tiles. Rows of the next tile come when those of the tile before are seen in C; the k of the
+    second shard when the open sums of the first are seen in the workspace."""
     rng = np.random.default_rng(seed)
-    m, k, n, panel = 290, 3 * 64 + 6, 20, 128 if along == "m" else 50
+    m, k, n, panel = 290, 3 * 64 + 6, 20, 128 if along == "m" else 70
     a, b, cuts = normal(rng, dtype, m, k), normal(rng, dtype, k, n), [0, 70, k]
     filled = np.full((m, k + 1), np.nan, a.dtype)  # rows of it begin at no multiple of 16 bytes
     late, c = xp.asarray(filled.copy()), xp.full((m, n), np.nan, np.float32)
@@ -183,8 +184,12 @@ def test_blocks_brought_by_warps_do_not_wait_for_the_flags_of_later_ones(
             to.set(values, stream=stream)
             stream.synchronize()
 
-    def stored(rows: slice) -> bool:
-        return not np.isnan(c[rows] if stream is None else c[rows].get(stream=stream)).any()
+    def stored(i: int, here: slice) -> bool:
+        if along == "k" and i > 0:
+            return True
+        array = c[here] if along == "m" else room
+        values = array if stream is None else array.get(stream=stream)
+        return not np.isnan(values).any() if along == "m" else bool((values != 255).any())
 
     def arrive() -> None:
         for i in range(len(raised)):
@@ -193,14 +198,13 @@ def test_blocks_brought_by_warps_do_not_wait_for_the_flags_of_later_ones(
                 filled[here, 1:] = a[here]
             else:
                 filled[:, 1:][:, here] = a[:, here]
-                time.sleep(0.02)
             raised[i] = 1
             put(late, filled)
             put(ready, raised)
             end = time.monotonic() + 20
-            while along == "m" and not stored(here) and time.monotonic() < end:
+            while not stored(i, here) and time.monotonic() < end:
                 time.sleep(0.001)
-            seen.append(along == "k" or stored(here))
+            seen.append(stored(i, here))
 
     factors = [raw(late[:, 1:], "a")], [raw(xp.asarray(b), "b")]
     room = xp.full(extension().gemm_workspace(factors[0][0], 1, 1, 1, len(cuts) - 1, True), 255, np.uint8)
