@@ -21,9 +21,9 @@
 //
 // Barriers of a stage: `landed` when all four copying warps have arrived and the bytes of the boxes are there, `free`
 // when the eight multiplying warps are done with it. A warp that copies itself arrives two blocks later, when its
-// copies are there. Copying goes on with the next tile while sums are stored. 192 KiB of stages and 20 KiB through
-// which sums become rows: one block a multiprocessor. For a tile 2 * 128 * 256 * k FLOPs and (128 + 256) * k elements
-// read.
+// copies are there, or before it waits for a flag that is not raised yet. Copying goes on with the next tile while sums
+// are stored. 192 KiB of stages and 20 KiB through which sums become rows: one block a multiprocessor. For a tile 2 *
+// 128 * 256 * k FLOPs and (128 + 256) * k elements read.
 #pragma once
 
 #include <utility>
@@ -151,11 +151,13 @@ struct Bringing {
         warp_sync();
         if (lane() == 0) arrive(&shared.landed[(turn.stage + product_stages - ago) % product_stages]);
     }
-    // After the last tile.
-    FIVEDP_DEVICE void finish() const {
+    // Arrives for all blocks so far: after the last tile, and before a wait for something that other blocks of threads
+    // or the host do, who may want to see the products of these first.
+    FIVEDP_DEVICE void arrive_for_all() {
         wait_for_copies<0>();
         for (int ago = copies_behind; ago > 0; --ago)
             if (owed >> (ago - 1) & 1) arrive_for(shared_from_boundary<ProductShared>(), ago);
+        owed = 0;
     }
 };
 
@@ -176,7 +178,7 @@ FIVEDP_DEVICE void bring_tile(Bringing& state, Source& source, const Boxes& boxe
             const int stage = state.turn.stage, n_k = all - k < product_depth ? all - k : product_depth;
             Barrier* const landed = &shared.landed[stage];
             wait_for_phase(&shared.free[stage], state.turn.parity ^ 1);
-            source.wait(segment, k);
+            source.wait(segment, k, [&] { state.arrive_for_all(); });
             if (source.waits()) show_to_boxes();
             const bool whole = n_k == product_depth || source.ends_with_arrays();
             bool copied = false;

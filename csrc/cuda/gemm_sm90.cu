@@ -50,11 +50,11 @@ gemm_wgmma(const FIVEDP_GRID_CONSTANT GemmProblem problem, const FIVEDP_GRID_CON
         lower_registers<bringing_registers>();
         Bringing state;
         while (next()) {
-            wait_for_rows(problem, at.origin);
+            wait_for_rows(problem, at.origin, [&] { state.arrive_for_all(); });
             GemmSource<product_depth> source{problem, at.origin};
             bring_tile<T, a_along_k, b_along_k>(state, source, boxes, me - multiplying_warps);
         }
-        state.finish();
+        state.arrive_for_all();
     }
 #else
     trap();

@@ -34,22 +34,25 @@ struct GemmSource {
     FIVEDP_DEVICE bool ends_with_arrays() const { return true; }
     FIVEDP_DEVICE bool waits() const { return problem.ready != nullptr; }
 
-    // Before k .. of segment i is copied.
-    FIVEDP_DEVICE void wait(int i, std::int64_t k) {
+    // Before k .. of segment i is copied; `before` is what wait_for_flags is told.
+    template <class... Before>
+    FIVEDP_DEVICE void wait(int i, std::int64_t k, const Before&... before) {
         if (problem.ready == nullptr || problem.ready_along_m) return;
         const GemmSegment& segment = problem.segments[i];
         const std::int64_t end = k + depth < segment.k ? k + depth : segment.k;
         const std::int64_t last = (segment.first_k + end - 1) / problem.panel;
         if (last < arrived) return;
-        wait_for_flags(problem.ready, arrived, last);
+        wait_for_flags(problem.ready, arrived, last, before...);
         arrived = last + 1;
     }
 };
 
-// Before anything of a tile is copied.
-FIVEDP_DEVICE void wait_for_rows(const GemmProblem& problem, const TileOrigin& at) {
+// Before anything of a tile is copied; `before` as in GemmSource::wait.
+template <class... Before>
+FIVEDP_DEVICE void wait_for_rows(const GemmProblem& problem, const TileOrigin& at, const Before&... before) {
     if (problem.ready != nullptr && problem.ready_along_m)
-        wait_for_flags(problem.ready, at.a_first / problem.panel, (at.a_first + at.a_count - 1) / problem.panel);
+        wait_for_flags(problem.ready, at.a_first / problem.panel, (at.a_first + at.a_count - 1) / problem.panel,
+                       before...);
 }
 
 // Moves on by `steps` tiles of (rows, columns); nothing is left where the batch is then behind the last one.

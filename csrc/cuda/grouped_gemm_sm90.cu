@@ -61,7 +61,7 @@ grouped_wgmma(const FIVEDP_GRID_CONSTANT GroupedProblem problem, const FIVEDP_GR
             GroupedSource source{problem, at, at.origin};
             bring_tile<T, a_along_k, b_along_k>(state, source, boxes, me - multiplying_warps);
         }
-        state.finish();
+        state.arrive_for_all();
     }
 #else
     trap();

@@ -31,7 +31,8 @@ struct GroupedSource {
     FIVEDP_DEVICE bool ends_with_arrays() const { return problem.kind != GroupedKind::outer; }
     FIVEDP_DEVICE bool waits() const { return false; }
     FIVEDP_DEVICE const GemmOperand* second() const { return problem.gated ? &problem.up_weights : nullptr; }
-    FIVEDP_DEVICE void wait(int, std::int64_t) const {}
+    template <class... Before>
+    FIVEDP_DEVICE void wait(int, std::int64_t, const Before&...) const {}
 };
 
 template <class T>

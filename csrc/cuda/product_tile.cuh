@@ -49,6 +49,18 @@ FIVEDP_DEVICE void wait_for_flags(const int* flags, std::int64_t first, std::int
             }
     warp_sync();
 }
+// The same, where before() is called by the whole warp first if one of them is not raised yet.
+template <class Before>
+FIVEDP_DEVICE void wait_for_flags(const int* flags, std::int64_t first, std::int64_t last, const Before& before) {
+    std::uint32_t missing = 0;
+    if (lane() == 0)
+        for (std::int64_t i = first; i <= last && missing == 0; ++i) missing = load_acquire(flags + i) == 0;
+    missing = warp_highest(missing);
+    warp_sync();
+    if (missing == 0) return;
+    before();
+    wait_for_flags(flags, first, last);
+}
 
 // Open sums of a block of threads, each of which finds its own `values` again: what is last put in is first added.
 template <class S, int values, int n_threads>

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-NO_PHASE, NO_WAIT, NO_PRODUCT_WAIT, OVERWRITTEN, NO_PUBLISH, NO_FENCE, NO_TURN = range(1, 8)
+NO_PHASE, NO_WAIT, NO_PRODUCT_WAIT, OVERWRITTEN, NO_PUBLISH, NO_FENCE, NO_TURN, NOT_SHOWN, LATE_BYTES = range(1, 10)
 
 
 @pytest.fixture
@@ -84,3 +84,13 @@ def test_products_have_to_be_opened(product: Any) -> None:
 def test_a_named_barrier_waits_for_all(product: Any) -> None:
     with pytest.raises(RuntimeError, match=r"(64|128) at a phase or a named barrier"):
         product(fault=NO_TURN)
+
+
+def test_a_box_behind_a_flag_needs_its_fence(product: Any) -> None:
+    with pytest.raises(RuntimeError, match="show_to_boxes is missing"):
+        product(fault=NOT_SHOWN)
+
+
+def test_bytes_are_expected_before_the_last_arrival(product: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"expects bytes at a barrier .* whose phase has all its arrivals"):
+        product(fault=LATE_BYTES)

@@ -4,6 +4,8 @@ several tiles a block, more blocks of k than stages, what lies beside a factor o
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -157,6 +159,62 @@ def test_less_workspace_means_fewer_blocks(xp: Any, host: Any, seed: int, dtype:
     assert ran == "sm90"
     right(dtype, whole.values(host), a, b)
     np.testing.assert_array_equal(few.values(host), whole.values(host))
+
+
+@each_half
+@pytest.mark.parametrize("along", ["k", "m"])
+def test_blocks_brought_by_warps_do_not_wait_for_the_flags_of_later_ones(
+    xp: Any, host: Any, seed: int, dtype: str, along: str
+) -> None:
+    """One block has all tiles. Rows of the next tile come when those of the tile before are seen in C; the k of the
+    second shard when the open sums of the first are seen in the workspace."""
+    rng = np.random.default_rng(seed)
+    m, k, n, panel = 290, 3 * 64 + 6, 20, 128 if along == "m" else 70
+    a, b, cuts = normal(rng, dtype, m, k), normal(rng, dtype, k, n), [0, 70, k]
+    filled = np.full((m, k + 1), np.nan, a.dtype)  # rows of it begin at no multiple of 16 bytes
+    late, c = xp.asarray(filled.copy()), xp.full((m, n), np.nan, np.float32)
+    raised = np.zeros(-(-(m if along == "m" else k) // panel), np.int32)
+    ready, seen = xp.asarray(raised.copy()), []
+    stream = None if xp is np else xp.cuda.Stream(non_blocking=True)
+
+    def put(to: Any, values: np.ndarray) -> None:
+        if stream is None:
+            to[...] = values
+        else:  # by the copy engine, which needs no multiprocessor
+            to.set(values, stream=stream)
+            stream.synchronize()
+
+    def stored(i: int, here: slice) -> bool:
+        if along == "k" and i > 0:
+            return True
+        array = c[here] if along == "m" else room
+        values = array if stream is None else array.get(stream=stream)
+        return not np.isnan(values).any() if along == "m" else bool((values != 255).any())
+
+    def arrive() -> None:
+        for i in range(len(raised)):
+            here = slice(i * panel, (i + 1) * panel)
+            if along == "m":
+                filled[here, 1:] = a[here]
+            else:
+                filled[:, 1:][:, here] = a[:, here]
+            raised[i] = 1
+            put(late, filled)
+            put(ready, raised)
+            end = time.monotonic() + 20
+            while not stored(i, here) and time.monotonic() < end:
+                time.sleep(0.001)
+            seen.append(stored(i, here))
+
+    factors = [raw(late[:, 1:], "a")], [raw(xp.asarray(b), "b")]
+    room = xp.full(extension().gemm_workspace(factors[0][0], 1, 1, 1, len(cuts) - 1, True), 255, np.uint8)
+    stream_of_c = stream_of(c)
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    ran = extension().gemm(*factors, c, cuts, 1.0, 0.0, ready, panel, along == "m", room, True, stream_of_c)
+    thread.join()
+    assert (ran, seen) == ("sm90", [True] * len(raised))
+    right(dtype, host(c).astype(np.float64), a, b)
 
 
 GROUPS = [0, 1, 63, 64, 65, 0, 128, 150]
