@@ -1,8 +1,8 @@
 """Tests under mpirun, started from an ordinary pytest.
 
-Every file under `tests/mpi` becomes one item per rank count (`test_x.py::np3`), and the items of a rank count are a
-launch: the right mpirun, `python -m pytest` on every rank, a deadline. The rank counts and the deadline are constants
-of the file, read without importing it:
+Every file under `tests/mpi` becomes one item per rank count (`test_x.py::np3`), and the items of a rank count are one
+launch or two: the right mpirun, `python -m pytest` on every rank, a deadline. The rank counts and the deadline are
+constants of the file, read without importing it:
 
     RANKS = (1, 2, 3, 8)     default (1, 2, 3, 4, 8); () means that the file starts its own launches and stays here
     TIMEOUT = 120            seconds for this file in one launch, default 240
@@ -52,6 +52,8 @@ TESTS = Path(__file__).resolve().parent
 MPI_TESTS = TESTS / "mpi"
 DEFAULT_RANKS = (1, 2, 3, 4, 8)
 DEFAULT_TIMEOUT = 240.0
+# Every test has a communicator of its own, whose private duplicates end with MPI: MPICH has 2,048 in all.
+FILES_OF_A_LAUNCH = 13
 RECORDS = "FIVEDP_TEST_RECORDS"  # folder in which the ranks of a launch note where they are
 SEED = "FIVEDP_TEST_SEED"
 # mpirun itself needs a moment to notice that a rank is gone; after this we end the launch for it.
@@ -450,6 +452,12 @@ COUNTS_KEY = pytest.StashKey[dict[str, int]]()
 LAUNCHES_KEY = pytest.StashKey[dict[RankItem, Launch]]()
 
 
+def parts(items: list[RankItem], most: int) -> list[list[RankItem]]:
+    """`items` in as few runs of at most `most` as can be, of nearly equal length."""
+    count = -(-len(items) // most)
+    return [items[len(items) * i // count : len(items) * (i + 1) // count] for i in range(count)]
+
+
 class LauncherSide:
     """The plugin of the ordinary pytest: turns files under `tests/mpi` into launches."""
 
@@ -459,7 +467,7 @@ class LauncherSide:
         for item in session.items:
             if isinstance(item, RankItem):
                 together.setdefault(item.n_ranks, []).append(item)
-        launches = [Launch(items) for items in together.values()]
+        launches = [Launch(part) for items in together.values() for part in parts(items, FILES_OF_A_LAUNCH)]
         session.config.stash[LAUNCHES_KEY] = {item: launch for launch in launches for item in launch.items}
 
     @pytest.hookimpl(tryfirst=True)

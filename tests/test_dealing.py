@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from drawn_cases import cases, dealt
+from mpi_launcher import parts
 from mpi_products import CONTRACT, EVERYTHING_UP_TO, OTHERS, in_turn
 
 SPECS = [spec for spec, _ in CONTRACT + OTHERS]
@@ -27,6 +28,15 @@ def test_launches_draw_all_cases_together_in_the_same_time(monkeypatch: pytest.M
     monkeypatch.setenv("FIVEDP_TEST_CASES", "0.1")
     assert cases(200) == 20
     assert cases(3) == dealt(8, launches, 8) == 5
+
+
+def test_files_are_dealt_to_as_few_launches_as_can_be() -> None:
+    for count in range(60):
+        dealt_out = parts(list(range(count)), 13)  # type: ignore[arg-type]
+        assert [item for part in dealt_out for item in part] == list(range(count))
+        lengths = [len(part) for part in dealt_out]
+        assert not lengths or (max(lengths) <= 13 and max(lengths) - min(lengths) <= 1)
+        assert len(dealt_out) == -(-count // 13)
 
 
 @pytest.mark.parametrize("turns", [2, 3])
