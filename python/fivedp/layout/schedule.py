@@ -30,7 +30,10 @@ SINGLE_STAGE_BYTES_IN_PLACE = 1024 * 1024
 MIN_ROWS, MAX_ROWS = 256, 512
 MIN_COLUMNS, MAX_COLUMNS = 256, 1024
 # Elements of a tile of partial sums.
-MIN_TILE, MAX_TILE = 512 * 512, 512 * 2048
+MIN_TILE, MAX_TILE = 512 * 512, 512 * 1024
+# Where more partial sums than this meet, a stage is a wait for so many ranks that tiles are twice as large, and half as
+# many.
+FEW_SUMS = 4
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ class Schedule:
             tiles = 4 if self.in_place else 2 * plan.total_nodes
             rows = max(1, min(rows or MAX_ROWS, height))
             fitting = self.budget_bytes // len(moved) // (tiles * plan.itemsizes.partial * rows)
-            columns = min(columns or MAX_TILE // rows, max(MIN_TILE // rows, fitting))
+            most = MAX_TILE if plan.total_nodes <= FEW_SUMS else 2 * MAX_TILE
+            columns = min(columns or most // rows, max(MIN_TILE // rows, fitting))
         elif "C" in moved and not rows and not columns:
             rows, columns = MAX_ROWS, MAX_COLUMNS
         return rows, columns
