@@ -14,8 +14,7 @@ namespace py = pybind11;
 namespace fivedp {
 namespace {
 
-// A target that reaches over more memory than this is larger than what caches hold of it for a rank, most of them
-// shared.
+// A target that reaches over more memory than this is taken to be larger than a rank's part of the caches.
 constexpr std::int64_t far_bytes = std::int64_t{4} << 20;
 
 struct Dimension {

@@ -1,4 +1,4 @@
-"""The rates that no benchmark here can exceed, measured before any share of them is quoted.
+"""The rates that shares are quoted of, measured before any share of them is quoted.
 
 Arithmetic: sums of products in registers, which load and store nothing, on one core and on all ranks at once, for each
 type. Should a product be faster, ours or NumPy's with operands in the caches, then that. Memory: copying arrays larger
