@@ -5,7 +5,7 @@ product and every way to share a sequence; each row carries its error against fl
 bytes it had to send, and the memory it took. A wrong row is marked and makes the exit status 1.
 
     environment.py       what the process may not inherit, and what it really runs on
-    ceiling.py           the rates that nothing here can exceed
+    ceiling.py           the rates that shares are quoted of
     family.py            what a kernel must offer to be measured
     cases/               which products and attentions, and the table of each kernel
     trials/              one case on this rank: its call, its price in bytes, what is right
